@@ -1,0 +1,69 @@
+"""PConv and FasterNet: vision backbones that are fast on your own machine, and the measurements that prove it.
+
+Names are imported when they are first used, so that ``import fasternet`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasternet.complexity import count_costs
+    from fasternet.deploy import fold_batch_norm, optimize_for_inference
+    from fasternet.models import (
+        FasterNet,
+        FasterNetConfig,
+        create_model,
+        list_models,
+        load_checkpoint,
+        save_checkpoint,
+    )
+    from fasternet.ops import PConv2d, list_impls, pconv2d, pconv2d_
+    from fasternet.predict import Predictor
+
+_HOMES = {
+    "FasterNet": "models",
+    "FasterNetConfig": "models",
+    "PConv2d": "ops",
+    "Predictor": "predict",
+    "count_costs": "complexity",
+    "create_model": "models",
+    "fold_batch_norm": "deploy",
+    "list_impls": "ops",
+    "list_models": "models",
+    "load_checkpoint": "models",
+    "optimize_for_inference": "deploy",
+    "pconv2d": "ops",
+    "pconv2d_": "ops",
+    "save_checkpoint": "models",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FasterNet",
+    "FasterNetConfig",
+    "PConv2d",
+    "Predictor",
+    "count_costs",
+    "create_model",
+    "fold_batch_norm",
+    "list_impls",
+    "list_models",
+    "load_checkpoint",
+    "optimize_for_inference",
+    "pconv2d",
+    "pconv2d_",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fasternet' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fasternet.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

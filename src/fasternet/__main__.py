@@ -1,0 +1,5 @@
+"""``python -m fasternet`` is ``fasternet``."""
+
+from fasternet.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""What both suites share: the check before the timing, the records after it, and where they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasternet.environment import create_record, describe_machine
+from fasternet.records import Record, append_records, save_machine
+from fasternet.timing import Measurement, Peak, Track, measure
+
+MAX_DIFFERENCE = 1e-4
+SANE_SCALE = (1e-4, 1e4)
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+NUM_BLOCKS, NUM_QUICK_BLOCKS = 64, 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that has passed its check and may be timed.
+
+    Attributes:
+        name: Subject of its records.
+        call: Runs it once, on one batch.
+        condition: Of its records.
+        costs: Of one picture: ``macs``, ``memory_accesses``, and ``num_params`` of a network.
+        num_bytes: Bytes that one call reads and writes (Eq. 2 to 5).
+        notes: Further values of its latency record.
+    """
+
+    name: str
+    call: Callable[[], object]
+    condition: Mapping[str, Any]
+    costs: Mapping[str, int]
+    num_bytes: int
+    notes: Mapping[str, Any]
+
+
+def check_arguments(*, batch_size: int, device: str, memory_format: str = "contiguous") -> None:
+    """Refuse what no benchmark can do.
+
+    Raises:
+        ValueError: An argument is not one of what is allowed.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        at_hand = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device {device!r} is not one of those at hand here: {at_hand}")
+    if memory_format not in MEMORY_FORMATS:
+        raise ValueError(f"memory_format {memory_format!r} is not one of {', '.join(MEMORY_FORMATS)}")
+
+
+def choose_settings(device: str, *, quick: bool, seed: int, track: Track) -> dict[str, Any]:
+    """Return the arguments of ``timing.measure`` that a suite's runs share."""
+    num_blocks, warmup_s = (NUM_QUICK_BLOCKS, 0.1) if quick else (NUM_BLOCKS, 0.3)
+    return {"num_blocks": num_blocks, "warmup_s": warmup_s, "seed": seed, "device": device, "track": track}
+
+
+def find_fault(output: Tensor, expected: Tensor) -> str | None:
+    """Compare an output with what the oracle computes from the same input.
+
+    Returns:
+        None, or what is wrong: the oracle itself out of scale, or the largest difference over the largest value.
+    """
+    scale = float(expected.abs().max())
+    if not SANE_SCALE[0] <= scale <= SANE_SCALE[1]:  # NaN too
+        return f"wrong: the oracle's largest output is {scale:.1e}, outside of {SANE_SCALE[0]:g} to {SANE_SCALE[1]:g}"
+    if output.shape != expected.shape:
+        return f"wrong: shape {tuple(output.shape)} instead of {tuple(expected.shape)}"
+    difference = float((output - expected).abs().max()) / scale
+    if not difference <= MAX_DIFFERENCE:
+        return f"wrong: relative difference {difference:.1e} to the oracle, more than {MAX_DIFFERENCE:g}"
+    return None
+
+
+def describe_failure(error: Exception) -> str:
+    """Return "OOM", or the first line of what was raised."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "OOM"
+    return f"failed: {text}"
+
+
+def create_peak_records(suite: str, peaks: Sequence[Peak], condition: Mapping[str, Any]) -> Iterator[Record]:
+    """Record what the machine attains."""
+    units = {"gemm": "macs_per_second", "copy": "bytes_per_second"}
+    for peak in peaks:
+        values = {units[peak.subject]: peak.per_second}
+        yield create_record(
+            suite, "machine_peak", peak.subject, condition={**condition, **peak.condition}, values=values
+        )
+
+
+def measure_candidates(
+    suite: str,
+    candidates: Sequence[Candidate],
+    *,
+    baseline: str,
+    pairs: Iterable[tuple[str, str]],
+    peaks: Sequence[Peak],
+    moment: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Iterator[Record]:
+    """Time candidates in one interleaved run.
+
+    Args:
+        suite: See ``Record.suite``.
+        candidates: What passed its check.
+        baseline: The candidate that the A/A control repeats.
+        pairs: Ratios to take: numerator and denominator.
+        peaks: What the machine attains in the candidates' precision.
+        moment: What the machine was like, as ``set_threads`` tells it.
+        settings: Further arguments of ``timing.measure``.
+
+    Yields:
+        The latencies, the A/A control, the ratios.
+    """
+    measured = measure({c.name: c.call for c in candidates}, baseline=baseline, **settings)
+    for candidate in candidates:
+        yield _create_latency_record(suite, candidate, measured, peaks, moment)
+    conditions = {candidate.name: candidate.condition for candidate in candidates}
+    for name, other in ((baseline, baseline), *pairs):
+        is_control = name == other
+        ratio = measured.a_a if is_control else measured.ratio(name, other)
+        values = {
+            "ratio": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "verdict": ratio.verdict,
+            "a_a_spread": measured.a_a.spread,
+            "num_blocks": len(measured.control_ms),
+        }
+        condition = {**conditions[name], "baseline": other, "metric": "latency_ms"}
+        samples = {"latency_ms": measured.control_ms} if is_control else {}
+        yield create_record(suite, "ratio", name, condition=condition, values=values, samples=samples)
+
+
+def _create_latency_record(
+    suite: str, candidate: Candidate, measured: Measurement, peaks: Sequence[Peak], moment: Mapping[str, Any]
+) -> Record:
+    summary = measured.summary(candidate.name)
+    calls_per_second = 1e3 / summary.median_ms
+    images_per_second = candidate.condition["batch_size"] * calls_per_second
+    macs_per_second = candidate.costs["macs"] * images_per_second
+    values = {
+        "latency_ms": summary.median_ms,
+        "latency_ms_min": summary.min_ms,
+        "latency_ms_p90": summary.p90_ms,
+        "spread": summary.spread,
+        "unstable": summary.unstable,
+        **candidate.costs,
+        "images_per_second": images_per_second,
+        "macs_per_second": macs_per_second,
+        "bytes_per_second": candidate.num_bytes * calls_per_second,
+        "peak_share": macs_per_second / max(peak.per_second for peak in peaks if peak.subject == "gemm"),
+        "num_loops": measured.num_loops[candidate.name],
+        **candidate.notes,
+        **moment,
+    }
+    samples = {"latency_ms": measured.samples_ms[candidate.name]}
+    return create_record(
+        suite, "latency", candidate.name, condition=candidate.condition, values=values, samples=samples
+    )
+
+
+def find_results_file(suite: str) -> Path:
+    """Return where a suite's records of this machine and day go: ``results/<machine>/<date>-<suite>.jsonl``."""
+    return Path("results") / describe_machine().id / f"{datetime.now(UTC):%Y-%m-%d}-{suite}.jsonl"
+
+
+def save_results(path: Path, records: Iterable[Record]) -> Iterator[Record]:
+    """Append each record to ``path`` as it comes, and pass it on; the machine is described beside it.
+
+    The description goes to ``machines/<id>.json`` in the folder of the file, or in ``results`` for a file that lies
+    where ``find_results_file`` puts it.
+    """
+    machine = describe_machine()
+    folder = path.parent.parent if path.parent.name == machine.id else path.parent
+    save_machine(folder / "machines", machine)
+    for record in records:
+        append_records(path, [record])
+        yield record

@@ -1,0 +1,49 @@
+"""The command line: ``fasternet <verb>``, one module a verb; errors of users end in one sentence and a status."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from fasternet.cli import bench, convert, env, evaluate, info, predict, quickstart, report, train
+
+app = typer.Typer(
+    help="FasterNet: vision backbones that are fast on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("list")(info.list_)
+app.command("info")(info.info)
+app.command("predict")(predict.predict)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(bench.bench, name="bench")
+app.command("convert")(convert.convert)
+app.command("report")(report.report)
+app.command("env")(env.env)
+
+
+def main() -> None:
+    """Run the command line; exit status 0 done, 1 failed with one sentence, 2 wrong arguments.
+
+    ``FASTERNET_DEBUG=1`` shows the traceback behind a sentence.
+    """
+    if os.environ.get("FASTERNET_DEBUG"):
+        app()
+    try:
+        app()
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing is left to say
+        sys.exit(1)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit("error: out of memory: a smaller --batch-size or input needs less")
+    except Exception as error:
+        sentence = str(error).splitlines()[0] if str(error) else "no message"
+        sys.exit(f"error: unexpected {type(error).__name__}: {sentence} (FASTERNET_DEBUG=1 shows where)")

@@ -1,0 +1,36 @@
+"""``fasternet env``: the machine, the versions, and what is ready on it or why not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fasternet.cli._common import print_json, print_table
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Describe this machine and its software; for each implementation and engine 'ready', or why not.
+
+    Example: fasternet env
+    """
+    import dataclasses
+    import importlib.util
+
+    from fasternet.environment import describe_machine, describe_software
+    from fasternet.ops import list_impls
+
+    machine = dataclasses.asdict(describe_machine())
+    ready = {f"pconv2d {impl}": "ready" for impl in list_impls()}
+    ready["engine eager"] = "ready"
+    ready["device cuda"] = "ready" if machine["accelerator"] else "no CUDA device is visible to torch"
+    for package, extra in (("sklearn", "quickstart"), ("matplotlib", "report")):
+        found = importlib.util.find_spec(package) is not None
+        ready[f"extra {extra}"] = "ready" if found else f"{package} is missing: pip install 'fasternet[{extra}]'"
+    if as_json:
+        print_json({"machine": machine, "versions": describe_software(), "ready": ready})
+        return
+    sets = ", ".join(machine.pop("instruction_sets")) or None
+    print_table(("machine", ""), [*machine.items(), ("instruction_sets", sets)])
+    print_table(("software", ""), describe_software().items())
+    print_table(("part", "state"), ready.items())

@@ -1,0 +1,1 @@
+"""Pictures in: reading, transforms, data sets, loaders."""

@@ -1,0 +1,212 @@
+"""Pictures with labels: scikit-learn's handwritten digits, or folders of pictures, one folder per class."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fasternet.data.images import find_images, load_image
+from fasternet.models.checkpoint import Preprocessing
+
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+VALIDATION_SHARE = 0.2
+
+
+class ImageDataset(Dataset[tuple[Any, int]]):
+    """Pictures of known classes, read when they are asked for.
+
+    Attributes:
+        root: The folder that ``paths`` start from.
+        paths: One for each picture, relative to ``root``; the digits have no files, theirs are mere names.
+        labels: One for each picture, an index into ``class_names``.
+        class_names: The classes, in the order of the network's outputs.
+        transform: Applied to each picture by ``dataset[index]``; None leaves it a PIL image.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        *,
+        images: Sequence[Image.Image] | None = None,
+    ) -> None:
+        self.root = root
+        self.paths = list(paths)
+        self.labels = list(labels)
+        self.class_names = tuple(class_names)
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.load(index)
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def load(self, index: int) -> Image.Image:
+        """Return a picture as it is, RGB, without the transform."""
+        return self._images[index] if self._images else load_image(self.root / self.paths[index])
+
+    def select(self, indices: Sequence[int]) -> ImageDataset:
+        """Return a data set of these pictures, in this order, with the same classes and no transform."""
+        return ImageDataset(
+            self.root,
+            [self.paths[index] for index in indices],
+            [self.labels[index] for index in indices],
+            self.class_names,
+            images=[self._images[index] for index in indices] if self._images else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """What a network learns from, and what it is judged by.
+
+    Attributes:
+        train: The training pictures.
+        validation: The validation pictures; none of them is a training picture.
+        class_names: The classes of both.
+        preprocessing_defaults: Input size and normalisation that suit the pictures.
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    class_names: tuple[str, ...]
+    preprocessing_defaults: Preprocessing
+
+
+def create_datasets(data: str | Path, *, seed: int = 0) -> Datasets:
+    """Open a data set for training and validation.
+
+    Args:
+        data: ``digits`` (built in; a folder of that name is ``./digits``), or a folder: with ``train`` and
+            one of ``val``, ``valid``, ``validation``, ``test`` in it, each a folder of pictures per class; or
+            with the folders of the classes, and then a fifth of each class becomes validation pictures.
+        seed: Decides that split, together with the names of the files; nothing else does.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The folder is no such tree; the message names what is wrong and where.
+    """
+    if str(data) == "digits":
+        return _split(_load_digits(), seed, Preprocessing(input_size=32, crop_ratio=1.0))
+    root = _check_folder(Path(data))
+    validation_folder = _find_validation_folder(root)
+    has_train = (root / "train").is_dir()
+    if not has_train and not validation_folder:
+        return _split(create_dataset(root), seed, Preprocessing())
+    if not has_train or not validation_folder:
+        present, absent = ("train", "val") if has_train else ((validation_folder or root).name, "train")
+        raise ValueError(
+            f"data folder {root} holds {present} but no {absent}; to have a fifth of {root / present} "
+            "split off for validation, name that folder"
+        )
+    train, validation = create_dataset(root / "train"), create_dataset(validation_folder)
+    if train.class_names != validation.class_names:
+        raise ValueError(_explain_class_difference(train, validation))
+    return Datasets(train, validation, train.class_names, Preprocessing())
+
+
+def create_validation_dataset(data: str | Path, *, seed: int = 0) -> ImageDataset:
+    """Open the validation pictures of a data set alone; its ``train`` folder may be absent.
+
+    Args:
+        data: See ``create_datasets``.
+        seed: See ``create_datasets``.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The folder holds no validation pictures.
+    """
+    if str(data) != "digits" and (folder := _find_validation_folder(_check_folder(Path(data)))):
+        return create_dataset(folder)
+    return create_datasets(data, seed=seed).validation
+
+
+def create_dataset(folder: Path) -> ImageDataset:
+    """Open all pictures of a folder that holds one folder per class, sorted by name.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a class has no pictures.
+        ValueError: The folder does not hold two classes or more.
+    """
+    entries = sorted(_check_folder(folder).iterdir())
+    folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    if len(folders) < 2:
+        found = f"holds one only, {folders[0].name}" if folders else "holds none"
+        raise ValueError(f"data folder {folder} must hold a folder of pictures per class, but {found}")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, class_folder in enumerate(folders):
+        found_paths = find_images([class_folder])
+        paths += [path.relative_to(folder) for path in found_paths]
+        labels += [label] * len(found_paths)
+    return ImageDataset(folder, paths, labels, [path.name for path in folders])
+
+
+def _check_folder(folder: Path) -> Path:
+    if not folder.exists():
+        raise FileNotFoundError(f"no data folder at {folder}")
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} is a file")
+    return folder
+
+
+def _find_validation_folder(root: Path) -> Path | None:
+    return next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+
+
+def _split(dataset: ImageDataset, seed: int, preprocessing: Preprocessing) -> Datasets:
+    """Move a fifth of each class, at least one picture, to the validation pictures."""
+    members: list[list[int]] = [[] for _ in dataset.class_names]
+    for index, label in enumerate(dataset.labels):
+        members[label].append(index)
+    train, validation = [], []
+    for name, indices in zip(dataset.class_names, members, strict=True):
+        if len(indices) < 2:
+            raise ValueError(f"class {name} of data folder {dataset.root} has one picture; a split takes at least two")
+        # Seeded by the class's name too: a class added later leaves the others as they were.
+        random.Random(f"{seed} {name}").shuffle(indices)
+        num_validation = max(1, round(VALIDATION_SHARE * len(indices)))
+        validation += indices[:num_validation]
+        train += indices[num_validation:]
+    return Datasets(
+        dataset.select(sorted(train)), dataset.select(sorted(validation)), dataset.class_names, preprocessing
+    )
+
+
+def _load_digits() -> ImageDataset:
+    """Return scikit-learn's 1797 handwritten digits (8 x 8, grey from 0 to 16) as RGB pictures of 32 x 32."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ModuleNotFoundError(
+            "the built-in digits need scikit-learn: pip install 'fasternet[quickstart]'"
+        ) from None
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
+    small = [Image.fromarray(array).convert("RGB") for array in pixels]
+    images = [image.resize((32, 32), Image.Resampling.BICUBIC) for image in small]
+    labels = [int(label) for label in digits.target]
+    paths = [Path(str(label), f"{index:04}") for index, label in enumerate(labels)]
+    names = [str(name) for name in digits.target_names]
+    return ImageDataset(Path("digits"), paths, labels, names, images=images)
+
+
+def _explain_class_difference(train: ImageDataset, validation: ImageDataset) -> str:
+    parts = []
+    for one, other in ((train, validation), (validation, train)):
+        if names := sorted(set(one.class_names) - set(other.class_names)):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{one.root} alone has {', '.join(names[:3])}{more}")
+    return f"{train.root} and {validation.root} must hold the same classes: {'; '.join(parts)}"

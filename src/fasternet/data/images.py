@@ -1,0 +1,115 @@
+"""Reads a picture file as 8-bit RGB, whatever its mode; finds the pictures in folders.
+
+Whatever is wrong with a file ends in one ``ImageError`` that names the file and the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Twice Pillow's MAX_IMAGE_PIXELS, from where on Pillow itself refuses: 179 megapixels.
+MAX_PIXELS = 178_956_970
+
+
+class ImageError(ValueError):
+    """A picture cannot be used; the message is one sentence with its path and the reason."""
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read a picture.
+
+    The orientation of its EXIF data is applied, transparency is laid on white, 16-bit values (and float
+    values from 0 to 1) are rescaled to 8 bits, of an animation the first frame counts.
+
+    Args:
+        path: A file that Pillow can read, of at most 179 megapixels.
+
+    Returns:
+        A decoded picture of mode ``RGB``.
+
+    Raises:
+        ImageError: The file is missing, empty, truncated, too large or no picture.
+    """
+    try:
+        # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    # Decoders fail on damaged files with whatever comes up: struct.error, IndexError, SyntaxError ...
+    except Exception as error:
+        raise ImageError(f"cannot read {path}: {_explain(path, error)}") from error
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """List pictures in the order of ``paths``, each folder replaced by the pictures in it and below it.
+
+    Args:
+        paths: Files, taken as they are, and folders, where hidden files and other suffixes are passed over.
+
+    Returns:
+        The files; those of one folder sorted by name, whatever the order of the file system.
+
+    Raises:
+        FileNotFoundError: A folder holds no picture.
+    """
+    images: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(_walk(path)) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}")
+        images += found
+    return images
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Rescale grey values of 16 bits (modes I;16, I) or from 0 to 1 (mode F): Pillow would clip them."""
+    values = np.asarray(image)
+    limit = 1 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= limit):
+        raise ValueError(f"its grey values run from {values.min()} to {values.max()}, beyond 0 to {limit}")
+    # The high byte is also what Pillow keeps of a 16-bit RGB picture.
+    scaled = (values * 255).round() if image.mode == "F" else values >> 8
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _explain(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture of a known format" if path.stat().st_size else "the file is empty"
+    reason = error.strerror if isinstance(error, OSError) else None
+    return " ".join((reason or str(error) or type(error).__name__).split())

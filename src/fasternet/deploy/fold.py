@@ -1,0 +1,86 @@
+"""Folds BN into the convolution or linear layer before it (Section 3.4), in any network."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batch_norm(model: nn.Module, example: Tensor) -> nn.Module:
+    """Fold every BN that is the only reader of a convolution's or linear layer's output.
+
+    What reads what is observed in one forward pass, so that it does not matter how a network is written.
+
+    Args:
+        model: Any network; it is not modified.
+        example: An input that the network takes, for the one pass.
+
+    Returns:
+        A new model in evaluation mode that computes the same function, up to rounding.
+    """
+    model = copy.deepcopy(model).eval()
+    names = {module: name for name, module in model.named_modules()}
+    for layer, norm in _observe_pairs(model, example):
+        fuse: Callable[[Any, Any], nn.Module] = (
+            fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        )
+        model.set_submodule(names[layer], fuse(layer, norm))
+        model.set_submodule(names[norm], _rest_of(norm))
+    return model
+
+
+def _observe_pairs(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the pairs (layer, norm) in which the norm alone reads the layer's output, and each runs once."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    pairs: list[tuple[nn.Module, nn.Module, int]] = []
+    calls: Counter[nn.Module] = Counter()
+
+    def observe(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[module] += 1
+        if isinstance(module, _FOLDABLE):
+            made[id(output)] = (module, output)
+        elif id(inputs[0]) in made and module.track_running_stats:
+            pairs.append((made[id(inputs[0])][0], module, id(inputs[0])))
+
+    hooks = [m.register_forward_hook(observe) for m in model.modules() if isinstance(m, _FOLDABLE + _NORMS)]
+    with torch.no_grad(), _CountReads() as counter:
+        model(example)
+    for hook in hooks:
+        hook.remove()
+    return [
+        (layer, norm)
+        for layer, norm, tensor in pairs
+        if counter.reads[tensor] == 1 and calls[layer] == calls[norm] == 1
+    ]
+
+
+class _CountReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how many operators read each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads: Counter[int] = Counter()
+        self._alive: list[Any] = []  # ids must not be used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self.reads[id(value)] += 1
+                self._alive.append(value)
+        return func(*args, **(kwargs or {}))
+
+
+def _rest_of(norm: nn.Module) -> nn.Module:
+    """Return what a norm layer does beside normalising: timm's norms carry dropout and activation."""
+    rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    return nn.Sequential(*rest) if rest else nn.Identity()

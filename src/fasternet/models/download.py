@@ -1,0 +1,109 @@
+"""Fetches weight files: from the Hugging Face hub, or by URL with resume; cached, and hashed where a hash is known."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+
+_TIMEOUT_S = 20.0
+_CHUNK = 1 << 20
+
+
+def download_from_hub(repository: str, filename: str) -> Path:
+    """Fetch one file of a hub repository into the hub's own cache; a cached file needs no network.
+
+    The hub states the SHA-256 of large files: a fresh download is compared with it.
+
+    Raises:
+        ConnectionError: The hub cannot be reached; one sentence with the way out.
+        ValueError: The file differs from the hub's hash.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
+    if isinstance(cached, str):
+        return Path(cached)
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        url = huggingface_hub.hf_hub_url(repository, filename, endpoint=endpoint)
+        metadata = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT_S)
+        path = huggingface_hub.hf_hub_download(repository, filename, endpoint=endpoint, etag_timeout=_TIMEOUT_S)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(_unreachable(f"{repository}/{filename}", error)) from None
+    if metadata.etag and len(metadata.etag) == 64:
+        _verify(Path(path), metadata.etag)
+    return Path(path)
+
+
+def download_url(url: str, *, sha256: str | None = None, folder: Path | None = None) -> Path:
+    """Fetch a file by URL, continuing an interrupted download; a cached file needs no network.
+
+    Args:
+        url: Address of the file.
+        sha256: Expected hash, or None where none is published.
+        folder: Cache folder; default: that of ``torch.hub``.
+
+    Returns:
+        Path of the complete file.
+
+    Raises:
+        ConnectionError: The server cannot be reached or breaks off; what came is kept for the next try.
+        ValueError: The file has another hash; it is deleted.
+    """
+    folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / url.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        _fetch(url, part)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise ConnectionError(_unreachable(url, error)) from None
+    if sha256 is not None:
+        _verify(part, sha256)
+    part.replace(path)
+    return path
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append to ``part`` what of ``url`` it lacks; a server that ignores the range sends all anew."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is lacking
+            error.close()
+            return
+        raise
+    with response:
+        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        expected = int(response.headers.get("Content-Length", -1))
+        received = 0
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                received += len(chunk)
+    if expected >= 0 and received < expected:
+        raise ConnectionError(f"the connection broke off after {received} of {expected} bytes")
+
+
+def _verify(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        path.unlink()
+        raise ValueError(f"{path.name} has SHA-256 {found} instead of {sha256}: it was deleted, download it again")
+
+
+def _unreachable(what: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"cannot download {what} ({reason}): without a network, give a file with checkpoint_path"

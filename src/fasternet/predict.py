@@ -1,0 +1,183 @@
+"""Predicts the class of pictures: files in, (label, probability) out, with the transform that the weights ask for.
+
+Legend: N = pictures in a batch, K = classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fasternet.data.images import ImageError, find_images, load_image
+from fasternet.data.transforms import Transform, create_transform
+from fasternet.deploy import optimize_for_inference
+from fasternet.models.checkpoint import Checkpoint, Preprocessing, load_checkpoint
+from fasternet.models.convert import identify_variant, read_state
+from fasternet.models.registry import create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of a picture.
+
+    Attributes:
+        path: The picture.
+        top: (label, probability) of the best classes, best first.
+    """
+
+    path: Path
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Classifies picture files; ``Predictor.from_checkpoint`` makes one that is ready.
+
+    Attributes:
+        logits_fn: From pictures (N, 3, S, S) to logits (N, K).
+        transform: From a picture to a tensor (3, S, S).
+        class_names: The K labels.
+        batch_size: Pictures that go through the network at once.
+    """
+
+    logits_fn: Callable[[Tensor], Tensor]
+    transform: Transform
+    class_names: Sequence[str]
+    batch_size: int = 16
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Path | Checkpoint, *, engine: str = "eager", batch_size: int = 16
+    ) -> Predictor:
+        """Make a predictor of trained weights, optimised for inference.
+
+        Args:
+            checkpoint: A model folder or a run folder, or what ``load_checkpoint`` or ``load_weights`` returned.
+            engine: See ``optimize_for_inference``.
+            batch_size: Pictures that go through the network at once.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: The checkpoint is damaged, or ``batch_size`` is no positive number.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = load_checkpoint(Path(checkpoint))
+        return cls(
+            optimize_for_inference(checkpoint.model, batch_size=batch_size, engine=engine),
+            create_transform(checkpoint.preprocessing, training=False),
+            checkpoint.class_names or _name_classes(checkpoint.model.config.num_classes),
+            batch_size,
+        )
+
+    def __call__(
+        self,
+        images: Iterable[Path | str],
+        *,
+        top_k: int = 5,
+        on_error: Callable[[ImageError], object] | None = None,
+    ) -> list[Prediction]:
+        """Classify pictures.
+
+        Args:
+            images: Picture files, and folders, which stand for the pictures in them and below them.
+            top_k: Classes to report for each picture; at most all.
+            on_error: Called with the error of each picture that cannot be read, which is then left out. None: the
+                first such picture raises its error.
+
+        Returns:
+            The predictions, in the order of the pictures.
+
+        Raises:
+            ImageError: A picture cannot be read, and there is no ``on_error``.
+            FileNotFoundError: A folder holds no picture.
+            ValueError: ``top_k`` is no positive number, or the network's outputs are not finite.
+        """
+        return list(self.stream(find_images(map(Path, images)), top_k=top_k, on_error=on_error))
+
+    def stream(
+        self,
+        paths: Iterable[Path],
+        *,
+        top_k: int = 5,
+        on_error: Callable[[ImageError], object] | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield the predictions for picture files as they come, batch by batch; see ``__call__``."""
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1")
+        readable = self._read(paths, on_error)
+        while batch := list(itertools.islice(readable, self.batch_size)):
+            images = torch.stack([image for _, image in batch])  # (N, 3, S, S)
+            for (path, _), top in zip(batch, self._classify(images, top_k), strict=True):
+                yield Prediction(path, top)
+
+    def _read(
+        self, paths: Iterable[Path], on_error: Callable[[ImageError], object] | None
+    ) -> Iterator[tuple[Path, Tensor]]:
+        for path in paths:
+            try:
+                yield path, self.transform(load_image(path))
+            except ImageError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+
+    @torch.inference_mode()
+    def _classify(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+        logits = self.logits_fn(images).float()  # (N, K)
+        if not logits.isfinite().all():
+            raise ValueError("the network's outputs are not finite: its weights are damaged or did not converge")
+        best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]))
+        return [
+            tuple((self.class_names[label], probability) for label, probability in zip(*row, strict=True))
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+def load_weights(model: str | None = None, checkpoint: Path | None = None) -> Checkpoint:
+    """Load trained weights of any kind; never random ones.
+
+    Args:
+        model: Name of the network. Alone, it stands for the published ImageNet weights of that network.
+        checkpoint: A model folder, a run folder, or a weights file in any format that ``create_model`` reads.
+
+    Returns:
+        The network in evaluation mode. A weights file says nothing of classes and transform: the paper's evaluation
+        at 224 pixels is assumed.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: Neither is given, they do not agree, or the checkpoint is damaged.
+        ConnectionError: The published weights cannot be downloaded.
+    """
+    if checkpoint is not None and checkpoint.is_dir():
+        found = load_checkpoint(checkpoint)
+        if model not in (None, found.name):
+            raise ValueError(f"checkpoint {checkpoint} holds {found.name}, not {model}")
+        return found
+    if checkpoint is not None and model is None:
+        state = read_state(checkpoint)
+        try:
+            model = identify_variant(state)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from None
+    if model is None:
+        raise ValueError("name a network, for its published weights, or a checkpoint")
+    network = create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    return Checkpoint(name=model, model=network.eval(), class_names=None, preprocessing=Preprocessing())
+
+
+def _name_classes(num_classes: int) -> Sequence[str]:
+    """Return the names of ImageNet-1k for a network of 1000 classes, else the numbers of the classes."""
+    from timm.data import ImageNetInfo
+
+    if num_classes == 1000:
+        names: list[str] = ImageNetInfo().label_descriptions()
+        return names
+    return [str(label) for label in range(num_classes)]

@@ -1,0 +1,84 @@
+"""The command line as a whole: one sentence and a status for every error, help that ends in an invocation."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from fasternet import cli
+
+COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "bench", "convert", "report", "env")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "fasternet", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_command_without_torch():
+    code = "import sys; from fasternet.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")
+    for command in COMMANDS:
+        assert f"  {command}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c != "bench"] + ["bench operators", "bench networks", "bench deploy"]
+)
+def test_help_ends_with_an_invocation(command):
+    result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert f"Example: fasternet {command}" in " ".join(result.stdout.split())
+
+
+def test_exit_status_is_0_when_done():
+    result = run("list")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "fasternet_t0" in result.stdout
+
+
+def test_exit_status_is_1_with_one_sentence_when_failed():
+    result = run("info", "fasternet_t9")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert "fasternet_t0" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_exit_status_is_2_for_wrong_arguments():
+    result = run("info")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("x is 3"), "error: x is 3"),
+        (FileNotFoundError("no folder at y"), "error: no folder at y"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+        (MemoryError(), "error: out of memory: a smaller --batch-size or input needs less"),
+        (KeyError("k"), "error: unexpected KeyError: 'k' (FASTERNET_DEBUG=1 shows where)"),
+    ],
+)
+def test_main_turns_errors_into_one_sentence(monkeypatch, error, message):
+    def fail():
+        raise error
+
+    monkeypatch.delenv("FASTERNET_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == message
+
+
+def test_main_shows_the_traceback_when_asked(monkeypatch):
+    def fail():
+        raise ValueError("x is 3")
+
+    monkeypatch.setenv("FASTERNET_DEBUG", "1")
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ValueError, match="x is 3"):
+        cli.main()

@@ -1,0 +1,158 @@
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasternet.data.datasets import create_dataset, create_datasets, create_validation_dataset
+from fasternet.data.images import ImageError
+
+
+def create_tree(root: Path, **num_images: int) -> Path:
+    """Make folders of one-colour pictures; ``train__cat=3`` makes three in train/cat, darker by class."""
+    for folder, count in num_images.items():
+        path = root / folder.replace("__", "/")
+        path.mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (6, 5), (index, len(folder), 0)).save(path / f"{index}.png")
+    return root
+
+
+def list_samples(dataset) -> list[tuple[str, int]]:
+    return [(path.as_posix(), label) for path, label in zip(dataset.paths, dataset.labels, strict=True)]
+
+
+def test_digits_are_all_there_split_by_class_without_overlap() -> None:
+    datasets = create_datasets("digits")
+    train, validation = datasets.train, datasets.validation
+    assert datasets.class_names == train.class_names == validation.class_names == tuple("0123456789")
+    assert len(train) + len(validation) == len({*train.paths, *validation.paths}) == 1797
+    shares = np.bincount(validation.labels) / (np.bincount(train.labels) + np.bincount(validation.labels))
+    assert np.abs(shares - 0.2).max() < 0.003
+    assert datasets.preprocessing_defaults.input_size == 32
+    assert datasets.preprocessing_defaults.crop_ratio == 1
+
+
+def test_digits_are_scikit_learns_pictures() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    validation = create_datasets("digits").validation
+    for index in (0, 100, 358):
+        image, label = validation[index]
+        number = int(validation.paths[index].name)
+        assert (image.mode, image.size, label) == ("RGB", (32, 32), digits.target[number])
+        small = np.asarray(image.resize((8, 8), Image.Resampling.BOX))[..., 0] / 255 * 16
+        assert np.abs(small - digits.images[number]).mean() < 1.5
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn: pip install 'fasternet\[quickstart\]'$"):
+        create_datasets("digits")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_train_folder_with_a_validation_folder_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+    create_tree(tmp_path, train__b=3, train__a=1, **{f"{name}__a": 1, f"{name}__b": 2})
+    datasets = create_datasets(tmp_path)
+    assert datasets.class_names == ("a", "b")
+    assert list_samples(datasets.train) == [("a/0.png", 0), ("b/0.png", 1), ("b/1.png", 1), ("b/2.png", 1)]
+    assert list_samples(datasets.validation) == [("a/0.png", 0), ("b/0.png", 1), ("b/1.png", 1)]
+    assert datasets.train.root == tmp_path / "train"
+    assert datasets.train[3][0].getpixel((0, 0)) == (2, len("train__b"), 0)
+
+
+def test_folder_of_classes_is_split_by_class(tmp_path: Path) -> None:
+    create_tree(tmp_path, a=20, b=2, c=7)
+    datasets = create_datasets(str(tmp_path))
+    assert np.bincount(datasets.validation.labels).tolist() == [4, 1, 1]
+    everything = list_samples(datasets.train) + list_samples(datasets.validation)
+    assert sorted(everything) == sorted(list_samples(create_dataset(tmp_path)))
+
+
+def test_split_follows_the_seed_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    create_tree(tmp_path, a=30, b=30)
+    first, again, other = (list_samples(create_datasets(tmp_path, seed=seed).validation) for seed in (0, 0, 1))
+    assert first == again != other
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d[::-1], f[::-1]) for p, d, f in walk(*a, **k)))
+    assert list_samples(create_datasets(tmp_path).validation) == first
+    create_tree(tmp_path, aa=5)
+    more = create_datasets(tmp_path).validation
+    assert {path for path, _ in first} < {path.as_posix() for path in more.paths}
+
+
+def test_dataset_survives_pickling_and_applies_its_transform(tmp_path: Path) -> None:
+    dataset = create_dataset(create_tree(tmp_path, a=1, b=1))
+    dataset.transform = np.asarray
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy[1][0].shape == (5, 6, 3)
+    assert copy.load(1).size == (6, 5)
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    create_tree(tmp_path, a=1, b=1)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert create_dataset(tmp_path).class_names == ("a", "b")
+
+
+def test_unreadable_picture_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    dataset = create_dataset(create_tree(tmp_path, a=1, b=1))
+    (tmp_path / "b/0.png").write_text("text")
+    with pytest.raises(ImageError, match=r"b/0\.png: it is no picture of a known format$"):
+        dataset[1]
+
+
+def test_validation_dataset_needs_no_train_folder(tmp_path: Path) -> None:
+    create_tree(tmp_path / "split", a=5, b=5)
+    create_tree(tmp_path / "val_only", val__a=1, val__b=1)
+    expected = list_samples(create_datasets(tmp_path / "split", seed=3).validation)
+    assert list_samples(create_validation_dataset(tmp_path / "split", seed=3)) == expected
+    assert list_samples(create_validation_dataset(tmp_path / "val_only")) == [("a/0.png", 0), ("b/0.png", 1)]
+    assert len(create_validation_dataset("digits")) == len(create_datasets("digits").validation)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, r"{root} must hold a folder of pictures per class, but holds none$"),
+        ({"a": 3}, r"{root} must hold a folder of pictures per class, but holds one only, a$"),
+        ({"a": 2, "b": 0}, r"no pictures in folder {root}/b; looked for \.bmp"),
+        ({"a": 2, "b": 1}, r"class b of data folder {root} has one picture; a split takes at least two$"),
+        ({"train__a": 1, "train__b": 1}, r"{root} holds train but no val; .* {root}/train split off"),
+        ({"test__a": 1, "test__b": 1}, r"{root} holds test but no train; .* {root}/test split off"),
+        (
+            {"train__a": 1, "train__b": 1, "val__b": 1, "val__c": 1},
+            r"{root}/train and {root}/val must hold the same classes: "
+            r"{root}/train alone has a; {root}/val alone has c$",
+        ),
+        ({"train__a": 1, "train__b": 1, "val__a": 1, "val__b": 0}, r"no pictures in folder {root}/val/b;"),
+    ],
+)
+def test_wrong_folder_is_one_sentence(tmp_path: Path, tree: dict[str, int], message: str) -> None:
+    create_tree(tmp_path, **tree)
+    with pytest.raises((ValueError, FileNotFoundError), match=message.format(root=tmp_path)) as caught:
+        create_datasets(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder_and_file_in_its_place_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^no data folder at {tmp_path}/absent$"):
+        create_datasets(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^data folder {tmp_path}/file is a file$"):
+        create_validation_dataset(tmp_path / "file")
+
+
+def test_real_pictures_load() -> None:
+    folder = os.environ.get("FASTERNET_DATA")
+    if not folder:
+        pytest.skip("FASTERNET_DATA does not name a folder of real pictures")
+    datasets = create_datasets(Path(folder) / "flowers")
+    assert len(datasets.class_names) > 1
+    assert not {*datasets.train.paths} & {*datasets.validation.paths}
+    assert datasets.validation[0][0].mode == "RGB"

@@ -1,0 +1,100 @@
+import dataclasses
+
+import pytest
+
+from fasternet.train.recipes import RECIPES, Recipe, find_recipe, load_recipe, parse_overrides, save_recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("epochs=3", 3),
+        ("lr=1e-3", 0.001),
+        ("lr=1", 1.0),
+        ("clip_grad=none", None),
+        ("clip_grad=0.01", 0.01),
+        ("flip=True", True),
+        ("channels_last=false", False),
+        ("rand_augment=rand-m3-mstd0.5-inc1", "rand-m3-mstd0.5-inc1"),
+        ("rand_augment=none", None),
+        ("random_resized_crop=0.08,1", (0.08, 1.0)),
+        ("precision=bf16", "bf16"),
+        ("lr_schedule=epoch", "epoch"),
+    ],
+)
+def test_parse_overrides_reads_the_declared_type(override: str, value: object) -> None:
+    changed = getattr(parse_overrides(RECIPES["digits"], [override]), override.partition("=")[0])
+    assert changed == value
+    assert type(changed) is type(value)
+
+
+def test_parse_overrides_leaves_the_other_fields_alone() -> None:
+    recipe = RECIPES["digits"]
+    changed = parse_overrides(recipe, ["lr=0.5", "epochs=7"])
+    assert dataclasses.replace(changed, lr=recipe.lr, epochs=recipe.epochs) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs=2.5", "epochs=2.5 must be a whole number"),
+        ("epochs=0", "epochs=0 must be at least 1"),
+        ("lr=fast", "lr=fast must be a number"),
+        ("lr=nan", "lr=nan must be a number"),
+        ("lr=-1", "lr=-1.0 must be between"),
+        ("flip=1", "flip=1 must be true or false"),
+        ("clip_grad=no", "clip_grad=no must be none or a number"),
+        ("precision=fp16", "precision=fp16 must be auto or fp32 or bf16"),
+        ("random_resized_crop=0.5", "must be two numbers"),
+        ("random_resized_crop=0.5,0.2", "must rise within"),
+        ("label_smoothing=1", "label_smoothing=1.0 must be between 0.0 and 0.99"),
+        ("lr", "must read field=value"),
+    ],
+)
+def test_parse_overrides_refuses_a_wrong_value(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_overrides(RECIPES["small"], [override])
+
+
+def test_parse_overrides_offers_near_names() -> None:
+    with pytest.raises(ValueError, match=r"no field 'batchsize'; did you mean batch_size"):
+        parse_overrides(RECIPES["small"], ["batchsize=3"])
+
+
+def test_recipe_refuses_to_mix_an_odd_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size=33 must be even"):
+        parse_overrides(RECIPES["small"], ["mixup=0.1", "batch_size=33"])
+
+
+def test_find_recipe_names_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="'big' is not one of small, digits"):
+        find_recipe("big")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_file_returns_the_same_recipe(name: str, tmp_path) -> None:
+    save_recipe(tmp_path / "recipe.yaml", RECIPES[name])
+    assert load_recipe(tmp_path / "recipe.yaml") == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: fast\n", "is not a recipe"),
+        ("- 1\n", "it holds no fields"),
+        ("", "it holds no fields"),
+        ("lr: [", "is not a recipe"),
+        ("learning_rate: 1\n", "no field 'learning_rate'"),
+    ],
+)
+def test_load_recipe_says_what_is_wrong(text: str, message: str, tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_documents_each_field() -> None:
+    documented = [line.split(":")[0].strip() for line in Recipe.__doc__.split("Attributes:")[1].splitlines()]
+    assert {field.name for field in dataclasses.fields(Recipe)} <= set(documented)
