@@ -183,7 +183,8 @@ def _count(module: nn.Module, input_shape: Sequence[int], device: str) -> Costs:
     twin = _copy_to(module, device)
     recorder = _Recorder(twin)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    with torch.random.fork_rng(devices=[]), torch.device(device), _unfused_attention():
+    # MATH: a fused attention kernel would hide the operations that it consists of
+    with torch.random.fork_rng(devices=[]), torch.device(device), sdpa_kernel(SDPBackend.MATH):
         x = torch.rand(tuple(input_shape), dtype=dtype)
         with recorder.flops, recorder:
             twin(x)
@@ -201,18 +202,6 @@ def _copy_to(module: nn.Module, device: str) -> nn.Module:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
     return copy.deepcopy(module, memo).eval()
-
-
-@contextlib.contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """Run attention as the operations it consists of; fused kernels would hide them from the counter."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @dataclass

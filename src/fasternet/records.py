@@ -76,8 +76,10 @@ class Record:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append records to a JSONL file, creating it and its folder; each line is flushed to the disk."""
+    """Append records to a JSONL file, creating it and its folder; a torn last line is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             line = json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, allow_nan=False)
@@ -102,7 +104,10 @@ def load_records(path: Path) -> list[Record]:
 
 def _parse(path: Path) -> Iterator[Record]:
     names = {field.name for field in dataclasses.fields(Record)}
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} holds no records: it is not UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)

@@ -189,9 +189,7 @@ def measure(
         raise ValueError(f"baseline {baseline!r} is not one of the candidates {', '.join(candidates)}")
     stopwatch = _time_by_events if torch.device(device).type == "cuda" else partial(_time_by_clock, clock)
     with torch.inference_mode(), _without_garbage_collection():
-        num_loops = {
-            name: _warm_up(call, stopwatch, min_block_s, warmup_s) for name, call in candidates.items()
-        }
+        num_loops = {name: _warm_up(call, stopwatch, min_block_s, warmup_s) for name, call in candidates.items()}
         lanes = [(call, num_loops[name], list[float]()) for name, call in candidates.items()]
         control = (candidates[baseline], num_loops[baseline], list[float]())
         order = random.Random(seed)

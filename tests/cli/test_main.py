@@ -17,7 +17,8 @@ def run(*arguments):
 
 
 def test_help_lists_every_command_without_torch():
-    code = "import sys; from fasternet.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    code = "import sys; from fasternet.cli import app; app(['--help'], standalone_mode=False)"
+    code += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
     for command in COMMANDS:

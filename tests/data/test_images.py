@@ -127,9 +127,17 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert pixels[-6:].min() > 235
 
 
-def test_broken_exif_data_does_no_harm(tmp_path: Path) -> None:
-    Image.new("RGB", (9, 9), RED).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk")
-    assert load_pixels(tmp_path / "a.jpg").shape == (9, 9, 3)
+BROKEN_EXIF = {
+    "header": b"Exif\0\0II*\0\xff\xff\xff\xff junk",
+    # Orientation 6, and a resolution unit of a type that Pillow reads and then fails to write.
+    "tag": b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x01\x28\0\x09\0\0\0\x01\0\x02\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize(("damage", "size"), [("header", (9, 4)), ("tag", (4, 9))])
+def test_broken_exif_data_does_no_harm(tmp_path: Path, damage: str, size: tuple[int, int]) -> None:
+    Image.new("RGB", (9, 4), RED).save(tmp_path / "a.jpg", exif=BROKEN_EXIF[damage])
+    assert load_image(tmp_path / "a.jpg").size == size
 
 
 def test_loaded_picture_outlives_its_file(tmp_path: Path) -> None:

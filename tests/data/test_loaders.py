@@ -10,6 +10,7 @@ from fasternet.data.datasets import ImageDataset, create_datasets
 from fasternet.data.images import ImageError
 from fasternet.data.loaders import create_loader
 from fasternet.data.transforms import create_transform
+from fasternet.environment import describe_machine
 from fasternet.models.checkpoint import Preprocessing
 
 
@@ -72,6 +73,10 @@ def test_loader_leaves_the_random_states_alone(dataset: ImageDataset, num_worker
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_workers_are_no_more_than_the_cores(dataset: ImageDataset) -> None:
+    assert create_loader(dataset, 4, training=True, num_workers=999).num_workers == describe_machine().cores
 
 
 def test_training_leaves_out_a_partial_batch_unless_it_is_the_only_one(dataset: ImageDataset) -> None:

@@ -94,8 +94,10 @@ def make_operators() -> list[Record]:
 
 def make_optimize() -> list[Record]:
     values = {"max_relative_difference": 3.1e-7, "changed_predictions": 0, "num_images": 360}
-    difference = make("optimize", "difference", "fasternet_t0", condition={"engine": "eager"}, values=values)
-    return [difference, make_ratio("optimize", "optimised", "split_cat, BN folded", 0.81, CPU | {"input_size": 32})]
+    difference = make(
+        "deploy", "difference", "fasternet_t0:optimized", condition={"baseline": "fasternet_t0"}, values=values
+    )
+    return [difference, make_ratio("deploy", "optimised", "split_cat, BN folded", 0.81, CPU | {"input_size": 32})]
 
 
 def make_run(epochs: int = 15, pictures: int = 24) -> list[Record]:

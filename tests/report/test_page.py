@@ -68,7 +68,7 @@ def everything(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_page_has_all_sections_and_every_anchor_exists(everything: Page) -> None:
     page = everything
-    sections = ["Summary", "Networks", "Operators", "Ratios", "Training", "Costs", "Environment", "Notes"]
+    sections = ["Summary", "Networks", "Operators", "Ratios", "Training", "Exactness", "Costs", "Environment", "Notes"]
     assert page.texts("h2") == sections
     anchors = page.attributes("id")
     assert len(anchors) == len(set(anchors))
@@ -115,7 +115,7 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
         example.make("train", "epoch", evil, condition={"epoch": 1}, values={"train_loss": 1.0, "top1": 3.0}),
         example.make("train", "evaluation", evil, values={"top1": 3.0, "per_class": [{"name": evil, "top1": evil}]}),
         example.make("train", "prediction", evil, values={"label": evil, "truth": f"{evil}2", "probability": evil}),
-        example.make("optimize", "difference", evil, values={"changed_predictions": 1, "num_images": 2}),
+        example.make("deploy", "difference", evil, values={"changed_predictions": 1, "num_images": 2}),
     ]
     page = Page(create_report([write(records)], tmp_path / "report.html"))
     assert [name for name, _ in page.elements].count("script") == 1
@@ -126,7 +126,7 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
 def test_every_figure_tells_machine_versions_date_and_command(everything: Page) -> None:
     figures = re.findall(r"<figure.*?</figure>", everything.text, re.DOTALL)
     measured = [figure for figure in figures if 'id="commands"' not in figure]
-    assert len(measured) == 13
+    assert len(measured) == 14
     for figure in measured:
         assert "Example CPU, 2 cores, 8 GiB" in figure
         assert "2026-01-02, fasternet 0.1.0, torch 2.15.0, commit 0123456789ab" in figure
@@ -138,7 +138,7 @@ def test_every_figure_tells_machine_versions_date_and_command(everything: Page) 
     [
         ("make_networks", ["Summary", "Networks", "Ratios", "Costs"]),
         ("make_operators", ["Summary", "Operators", "Ratios"]),
-        ("make_optimize", ["Summary", "Ratios"]),
+        ("make_optimize", ["Summary", "Ratios", "Exactness"]),
         ("make_run", ["Summary", "Training"]),
     ],
 )
@@ -158,7 +158,7 @@ def test_folder_gives_every_record_file_below(example: ModuleType, tmp_path: Pat
     append_records(tmp_path / "results" / "a" / "one.jsonl", example.make_operators())
     append_records(tmp_path / "results" / "b" / "two.jsonl", example.make_optimize())
     page = Page(create_report([tmp_path / "results"], tmp_path / "new" / "report.html"))
-    assert page.texts("h2") == ["Summary", "Operators", "Ratios", "Environment", "Notes"]
+    assert page.texts("h2") == ["Summary", "Operators", "Ratios", "Exactness", "Environment", "Notes"]
 
 
 def test_source_named_twice_counts_once(run_folder: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_bad_sources_are_one_sentence(example: ModuleType, write: Write, tmp_pat
         ([tmp_path / "absent.jsonl"], FileNotFoundError, "no record file or run folder at .*absent.jsonl"),
         ([tmp_path / "empty"], ValueError, "empty holds no records"),
         ([tmp_path / "empty.jsonl"], ValueError, "empty.jsonl holds no records"),
-        ([tmp_path / "picture.png"], ValueError, "picture.png is not a record file"),
+        ([tmp_path / "picture.png"], ValueError, "picture.png holds no records"),
         ([tmp_path / "text.jsonl"], ValueError, "text.jsonl line 1 is not a record"),
         ([mistyped], ValueError, "line 1 is not a record: a field has another type"),
     ]

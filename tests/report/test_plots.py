@@ -46,6 +46,13 @@ def test_labels_avoid_what_is_better_left_uncovered() -> None:
     assert place != free
 
 
+def test_label_keeps_away_from_the_point_of_another() -> None:
+    here, neighbour = (240.0, 165.0), (240.0 + 7 + 60 + 8, 165.0)  # just beyond the end of a label on the right
+    (place, _) = place_labels([here, neighbour], [(60, 14), (60, 14)], frame=FRAME)
+    assert place is not None
+    assert not place.meets(Box(neighbour[0] - 10, 155, neighbour[0] + 10, 175))
+
+
 def test_drawing_names_every_measured_network_at_both_widths(example: ModuleType) -> None:
     points = [
         Point(record.subject, record.values["macs"] / 1e9, record.values["latency_ms"])

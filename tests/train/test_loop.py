@@ -10,9 +10,10 @@ from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
 from fasternet.train import device, loop
 from fasternet.train.classification import Classification
-from fasternet.train.loop import Progress, train
+from fasternet.train.loop import Progress, fit, train
 from fasternet.train.recipes import load_recipe
 from fasternet.train.state import load_state
+from fasternet.train.task import Task
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
 
@@ -106,6 +107,22 @@ def test_train_learns_to_tell_dark_from_bright(run, tmp_path: Path) -> None:
     evaluation = next(r for r in load_records(output / "log.jsonl") if r.kind == "evaluation")
     assert losses[-1] < 0.6 * losses[0]
     assert evaluation.values["top1"] == 100
+
+
+@pytest.mark.parametrize(("accuracies", "best"), [((50, 75, 75), 3), ((50, 75, 50), 2), ((75, 50, 50), 1)])
+def test_train_keeps_the_best_epoch_and_of_equal_ones_the_last(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracies: tuple[int, ...], best: int
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def judge(self, model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"validation_loss": 1.0, "top1": accuracies[len(seen) - 1], "top5": 100.0}
+
+    monkeypatch.setattr(Classification, "evaluate", judge)
+    output = run(tmp_path / "run")
+    weights = load_checkpoint(output / "best").model.state_dict()
+    torch.testing.assert_close(weights, seen[best - 1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(1, 1), (2, 2), (3, 1), (2, 0), (3, 0)])
@@ -280,6 +297,44 @@ def test_train_takes_fewer_pictures_than_a_batch_and_an_odd_number(run, tmp_path
             Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{number}.png")
     output = run(tmp_path / "run", data=tmp_path / "data", epochs=1)
     assert load_records(output / "log.jsonl")[0].values["num_train"] == 3
+
+
+class Regression(Task):
+    """Fit a line: batches of another form, another loss, another metric."""
+
+    def batches(self, epoch):
+        points = torch.linspace(-1, 1, 8)[:, None]
+        return [(points[start::2], {"target": 3 * points[start::2]}) for start in (0, 1)]
+
+    def loss(self, model, batch):
+        return (model(batch[0]) - batch[1]["target"]).square().mean()
+
+    def evaluate(self, model):
+        return {"accuracy": -abs(model.weight.item() - 3)}
+
+    def save(self, folder, model):
+        folder.mkdir(exist_ok=True)
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+    def summarise(self, output):
+        return []
+
+
+def test_fit_trains_whatever_task(recipe, tmp_path: Path) -> None:
+    task = Regression(
+        name="line",
+        model=torch.nn.Linear(1, 1, bias=False),
+        device=torch.device("cpu"),
+        condition={},
+        values={},
+        num_steps=2,
+        metric="accuracy",
+    )
+    fit(task, tmp_path, recipe=dataclasses.replace(recipe, lr=0.1, epochs=60, weight_decay=0.0, batch_size=4))
+    log = [r.values["accuracy"] for r in load_records(tmp_path / "log.jsonl") if r.kind == "epoch"]
+    assert len(log) == 60
+    weight = torch.load(tmp_path / "best" / "weights.pt", weights_only=True)["weight"].item()
+    assert -abs(weight - 3) == max(log) > -0.1
 
 
 def test_train_reports_each_step_and_each_epoch(run, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ QUICK = (
     *("ShuffleNetV2 x1.5", "MobileNetV2", "MobileViT-XXS", "EdgeNeXt-XXS", "ResNet50"),
 )
 NUM_CALIBRATION_PICTURES = 4
+NUM_TRIAL_BLOCKS = 4
 
 
 def list_groups() -> tuple[tuple[str, ...], ...]:
@@ -220,7 +221,7 @@ def _choose_memory_format(
         converted = copy.deepcopy(model).to(memory_format=memory_format)
         entries[name] = converted, x.to(memory_format=memory_format)
     calls = {name: functools.partial(fast, batch) for name, (fast, batch) in entries.items()}
-    trial = {**settings, "num_blocks": settings["num_blocks"] // 4, "track": silent}
+    trial = {**settings, "num_blocks": NUM_TRIAL_BLOCKS, "track": silent}
     measured = measure(calls, **trial)
     # The fastest block: few samples decide here, and whatever disturbs them makes them slower.
     trial_ms = {name: measured.summary(name).min_ms for name in entries}

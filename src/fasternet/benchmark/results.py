@@ -185,7 +185,8 @@ def save_results(path: Path, records: Iterable[Record]) -> Iterator[Record]:
     """
     machine = describe_machine()
     folder = path.parent.parent if path.parent.name == machine.id else path.parent
-    save_machine(folder / "machines", machine)
-    for record in records:
+    for count, record in enumerate(records):
+        if count == 0:
+            save_machine(folder / "machines", machine)
         append_records(path, [record])
         yield record

@@ -1,11 +1,11 @@
-"""``fasternet bench``: measure operators (Table 1) and networks (Table 3) on this machine, beside the paper."""
+"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9), beside the paper."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def bench_operators(
         quick=quick,
         track=track,
     )
-    _finish("operators", records, out, as_json, _read_paper_operators(device, batch_size))
+    _finish("operators", records, out, as_json, _read_paper("operators", device, batch_size))
 
 
 @bench.command("networks")
@@ -81,7 +81,36 @@ def bench_networks(
         quick=quick,
         track=track,
     )
-    _finish("networks", records, out, as_json, _read_paper_networks(device, batch_size))
+    _finish("networks", records, out, as_json, _read_paper("networks", device, batch_size))
+
+
+@bench.command("deploy")
+def bench_deploy(
+    networks: Annotated[str | None, typer.Option(help="Names, separated by commas. [default: T0 to S]")] = None,
+    batch_size: BatchSize = 1,
+    threads: Threads = 1,
+    input_size: Annotated[int, typer.Option(help="Side of the pictures.", min=32)] = 224,
+    device: Device = "cpu",
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Compare FasterNet as this package deploys it with the published forms: differences first, then times.
+
+    Example: fasternet bench deploy --networks fasternet_t0,fasternet_t1 --batch-size 32
+    """
+    from fasternet.benchmark.deploy import measure_deploy
+
+    records = measure_deploy(
+        _split(networks),
+        batch_size=batch_size,
+        threads=threads,
+        input_size=input_size,
+        device=device,
+        quick=quick,
+        track=track,
+    )
+    _finish("deploy", records, out, as_json, {})
 
 
 def _split(names: str | None) -> list[str] | None:
@@ -96,86 +125,75 @@ def _finish(
 
     path = out or find_results_file(suite)
     written = list(save_results(path, records))
+    num_unstable = sum(record.values.get("unstable", False) for record in written)
     if as_json:
         print_json([dataclasses.asdict(record) for record in written])
     else:
+        _print_differences([record for record in written if record.kind == "difference"])
         _print_latencies([record for record in written if record.kind == "latency"], paper_ms)
         _print_ratios([record for record in written if record.kind == "ratio"], paper_ms)
+    if num_unstable:
+        note(f"unstable: {num_unstable}; run again when nothing else runs, records are added and never replaced")
     note(str(path))
+
+
+def _print_differences(records: Sequence[Record]) -> None:
+    if not records:
+        return
+    columns = ("", "against", "max relative difference", "allowed", "changed predictions", "pictures")
+    fields = ("max_relative_difference", "limit", "changed_predictions", "num_images")
+    rows = [(r.subject, r.condition["baseline"], *(r.values[name] for name in fields)) for r in records]
+    print_table(columns, rows, title="Exactness")
 
 
 def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
     columns = ("", "GMACs", "paper ms", "ms", "min ms", "p90 ms", "GMACs/s", "of peak %", "images/s", "remark")
     rows = []
     for record in records:
-        values = record.values
-
-        def scaled(name: str, unit: float, values: Mapping[str, float] = values) -> float | None:
-            return None if values.get(name) is None else values[name] / unit
-
-        remark = values.get("error") or ("unstable" if values["unstable"] else "")
-        numbers = (("latency_ms", 1), ("latency_ms_min", 1), ("latency_ms_p90", 1), ("macs_per_second", 1e9))
-        rows.append(
-            (
-                _name(record),
-                scaled("macs", 1e9),
-                paper_ms.get(_name(record)),
-                *(scaled(name, unit) for name, unit in numbers),
-                scaled("peak_share", 0.01),
-                scaled("images_per_second", 1),
-                remark,
-            )
-        )
-    print_table(columns, rows, title="Paper (version v1) and measured here")
+        values: Mapping[str, Any] = record.values
+        units = {
+            **{"latency_ms": 1, "latency_ms_min": 1, "latency_ms_p90": 1},
+            **{"macs_per_second": 1e9, "peak_share": 0.01, "images_per_second": 1},
+        }
+        scaled = [None if values.get(name) is None else values[name] / unit for name, unit in units.items()]
+        macs = values["macs"] / 1e9 if "macs" in values else None
+        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
+        rows.append((_label(record), macs, paper_ms.get(_label(record)), *scaled, remark))
+    print_table(columns, rows, title="Time of one call: the paper (version v1) and measured here")
 
 
 def _print_ratios(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
-    columns = ("", "against", "paper ratio", "ratio", "95 % interval", "A/A spread %", "it is")
+    columns = ("", "against", "paper ratio", "ratio", "95 % interval", "A/A spread %", "verdict")
     rows = []
     for record in records:
-        name, other = _name(record), _name(record, record.condition["baseline"])
-        printed = paper_ms[name] / paper_ms[other] if name in paper_ms and other in paper_ms else None
-        values = record.values
+        values, other = record.values, record.condition["baseline"]
+        is_control = record.subject == other
+        above, below = (paper_ms.get(label) for label in (_label(record), _label(record, other)))
+        paper_ratio = above / below if above and below and not is_control else None
+        against = "itself (A/A control)" if is_control else other
         interval = f"{values['low']:.3f} to {values['high']:.3f}"
-        is_control = record.subject == record.condition["baseline"]
-        rows.append(
-            (
-                name,
-                "itself (A/A control)" if is_control else record.condition["baseline"],
-                None if is_control else printed,
-                values["ratio"],
-                interval,
-                100 * values["a_a_spread"],
-                values["verdict"],
-            )
-        )
-    print_table(columns, rows, title="Time, as a multiple of the other's")
+        spread = 100 * values["a_a_spread"]
+        rows.append((_label(record), against, paper_ratio, values["ratio"], interval, spread, values["verdict"]))
+    print_table(columns, rows, title="Times as multiples of another's: above 1 is slower")
 
 
-def _name(record: Record, subject: str | None = None) -> str:
-    """Return the key of a row: the subject, for an operator with its shape."""
-    shape = [record.condition[key] for key in ("channels", "height", "width") if key in record.condition]
-    return " ".join([subject or record.subject, "x".join(map(str, shape))]).strip()
+def _label(record: Record, subject: str | None = None) -> str:
+    """Return the name of a row: the subject; of an operator also its shape."""
+    shape = [str(record.condition[key]) for key in ("channels", "height", "width") if key in record.condition]
+    return " ".join(filter(None, (subject or record.subject, "x".join(shape))))
 
 
-def _read_paper_networks(device: str, batch_size: int) -> dict[str, float]:
-    return _read_paper("table3_imagenet", lambda row: row["network"], device, batch_size)
-
-
-def _read_paper_operators(device: str, batch_size: int) -> dict[str, float]:
-    def name(row: Mapping[str, str]) -> str:
-        return f"{row['operator']} {row['channels']}x{row['height']}x{row['width']}"
-
-    return _read_paper("table1_operators", name, device, batch_size)
-
-
-def _read_paper(table: str, name: Callable[[Mapping[str, str]], str], device: str, batch_size: int) -> dict[str, float]:
-    """Return the paper's ms per call by row; nothing for conditions that it did not measure."""
+def _read_paper(suite: str, device: str, batch_size: int) -> dict[str, float]:
+    """Return the paper's ms per call by row; nothing under conditions that it did not measure."""
     from fasternet.paper import load_table
 
-    rows = load_table(table)
+    if suite == "networks":
+        rows = {row["network"]: row for row in load_table("table3_imagenet")}
+    else:
+        shape = "{operator} {channels}x{height}x{width}"
+        rows = {shape.format_map(row): row for row in load_table("table1_operators")}
     if device == "cpu" and batch_size == 1:
-        return {name(row): float(row["cpu_latency_ms"]) for row in rows}
+        return {label: float(row["cpu_latency_ms"]) for label, row in rows.items()}
     if device != "cpu" and batch_size == 32:
-        return {name(row): 32e3 / float(row["gpu_throughput_images_per_second"]) for row in rows}
+        return {label: 32e3 / float(row["gpu_throughput_images_per_second"]) for label, row in rows.items()}
     return {}

@@ -10,7 +10,7 @@ import typer
 
 def report(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RECORDS-OR-RUNS...", help="Record files (*.jsonl) and run folders.")
+        list[Path], typer.Argument(metavar="RECORDS-OR-RUNS", help="Record files (*.jsonl) and run folders.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:

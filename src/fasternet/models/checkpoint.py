@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fasternet.models import convert
 from fasternet.models.fasternet import VARIANTS, FasterNet, FasterNetConfig
+from fasternet.ops import count_partial_channels
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -65,7 +66,7 @@ class ModelFolder:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Path | str,
     model: FasterNet,
     *,
     name: str,
@@ -82,13 +83,16 @@ def save_checkpoint(
         preprocessing: Default: the paper's.
 
     Raises:
-        ValueError: ``name`` is no variant, or the number of names is not that of the classes.
+        ValueError: ``name`` is no variant, the model no classifier, or the number of names not that of the classes.
         OSError: The disk is full or not writable; what the folder held before stays valid.
     """
     if name not in VARIANTS:
         raise ValueError(f"name {name!r} is not one of {', '.join(VARIANTS)}")
+    if model.head is None:
+        raise ValueError("a model folder holds a classifier, and this is a backbone (features_only)")
     if class_names is not None and len(class_names) != model.config.num_classes:
         raise ValueError(f"class_names has {len(class_names)} names for {model.config.num_classes} classes")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     document = _describe(model.config, name, class_names, preprocessing or Preprocessing())
     weights = safetensors.torch.save(convert.to_format(model, "timm"), metadata={"format": "pt"})
@@ -96,14 +100,14 @@ def save_checkpoint(
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(document, indent=2) + "\n"))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path | str) -> Checkpoint:
     """Build the model of a model folder, or of a run folder (its ``best``), in evaluation mode.
 
     Raises:
         FileNotFoundError: There is no model folder.
         ValueError: A file in it is truncated, or does not fit; the message says what.
     """
-    folder = read_model_folder(path)
+    folder = read_model_folder(Path(path))
     model = FasterNet(folder.config)
     convert.load_state(model, folder.weights, source=str(path))
     return Checkpoint(
@@ -122,6 +126,8 @@ def read_model_folder(path: Path) -> ModelFolder:
             raise FileNotFoundError(f"{path} is no model folder: it holds no {file}")
     try:
         document = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        if "fasternet" not in document:
+            raise ValueError(f"{path / CONFIG_FILE} is of another package: give the weight file beside it")
         config = dict(document["fasternet"]["config"])
         config["depths"] = tuple(config["depths"])
         cfg, names = document["pretrained_cfg"], document.get("label_names")
@@ -138,8 +144,8 @@ def read_model_folder(path: Path) -> ModelFolder:
                 interpolation=cfg["interpolation"],
             ),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG_FILE} is truncated or not written by this package ({error!r})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / CONFIG_FILE} is truncated or was edited ({error!r})") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -148,7 +154,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: Whatever ``write`` raised; the temporary file is gone, and ``path`` is what it was.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -166,6 +172,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return ``config.json`` in the form that timm and the hub read."""
     size = preprocessing.input_size
+    obstacle = find_obstacle(config, name)
     return {
         "architecture": name,
         "num_classes": config.num_classes,
@@ -191,18 +198,19 @@ def _describe(
             "first_conv": "patch_embed.proj",
             "classifier": "classifier",
         },
-        "fasternet": {"config": dataclasses.asdict(config), "timm": _timm_obstacle(config, name) or "builds it"},
+        "fasternet": {
+            "config": dataclasses.asdict(config),
+            "timm": f"cannot build it: it knows no {obstacle}" if obstacle else "builds it",
+        },
     }
 
 
-def _timm_obstacle(config: FasterNetConfig, name: str) -> str | None:
-    """Say why timm's network cannot compute this configuration, or return None."""
+def find_obstacle(config: FasterNetConfig, name: str) -> str | None:
+    """Return what of a configuration other packages' FasterNets cannot compute and weights do not show, or None."""
     divisor = round(1 / config.partial_ratio)
-    if any(channels // divisor != int(channels * config.partial_ratio + 1e-6) for channels in config.stage_channels):
-        return f"cannot: it knows partial ratios 1/n only, not {config.partial_ratio}"
-    for field in ("norm", "position", "kernel_size"):
-        if getattr(config, field) != getattr(VARIANTS[name], field):
-            return f"cannot: it knows no {field} {getattr(config, field)!r}"
-    if config.activation != VARIANTS[name].activation:
-        return f"cannot: its {name} is built with {VARIANTS[name].activation}"
+    if any(c // divisor != count_partial_channels(c, config.partial_ratio) for c in config.stage_channels):
+        return f"partial_ratio {config.partial_ratio}"
+    for field in ("norm", "position", "kernel_size", "activation"):
+        if (value := getattr(config, field)) != getattr(VARIANTS[name], field):
+            return f"{field} {value!r} in {name}"
     return None

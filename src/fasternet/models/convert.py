@@ -122,9 +122,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
         raise ValueError(f"{path} holds no state dict of tensors")
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def to_format(model: FasterNet, format: Format) -> dict[str, Tensor]:
@@ -136,7 +140,7 @@ def to_format(model: FasterNet, format: Format) -> dict[str, Tensor]:
     if format not in get_args(Format):
         raise ValueError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
     if format == "timm" and model.feature_norms:
-        raise ValueError("timm's format has no BN on the feature maps: create the model with feature_norm=False")
+        raise ValueError("timm's format has no BN on the feature maps (feature_norm)")
     state = model.state_dict()
     if format == "mmdet":
         state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
@@ -158,7 +162,7 @@ def load_state(model: FasterNet, state: State, *, source: str) -> None:
     """Load tensors of any format into a model, strictly.
 
     Two differences are meant and allowed: a model without a head ignores a classifier's head, and its feature norms
-    stay fresh where a file has none. Whole detectors are read for their backbone.
+    stay fresh where a file has none. Whole detectors are read for their backbone, Lightning modules for their model.
 
     Args:
         model: The model to fill; nothing is written to it unless everything fits.
@@ -172,8 +176,7 @@ def load_state(model: FasterNet, state: State, *, source: str) -> None:
         format = detect_format(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if format == "mmdet":
-        state = {key: tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    state = {key: tensor for key, tensor in state.items() if key.startswith(_PREFIX[format])}
     own = model.state_dict()
     wanted = {_PREFIX[format] + rename_key(key, format): key for key in own}
     missing = [name for name in wanted if name not in state]
@@ -222,9 +225,7 @@ def _load_pickle(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise ValueError(
-                f"{path} is refused: it holds pickled objects other than tensors, or is no checkpoint"
-            ) from None
-        except (RuntimeError, EOFError, ValueError, OSError, KeyError):
-            raise ValueError(f"{path} is truncated or no checkpoint") from None
+        except Exception as error:  # a damaged pickle fails in a dozen ways
+            if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL:? (\S+)", str(error))):
+                raise ValueError(f"{path} is refused: beside tensors it holds {found[1]}, which can run code") from None
+            raise ValueError(f"{path} is truncated, or no checkpoint of tensors alone") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,28 +18,26 @@ _CHUNK = 1 << 20
 def download_from_hub(repository: str, filename: str) -> Path:
     """Fetch one file of a hub repository into the hub's own cache; a cached file needs no network.
 
-    The hub states the SHA-256 of large files: a fresh download is compared with it.
+    The hub's cache names large files by the SHA-256 that the hub states: a fresh download is compared with it.
 
     Raises:
         ConnectionError: The hub cannot be reached; one sentence with the way out.
         ValueError: The file differs from the hub's hash.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     cached = huggingface_hub.try_to_load_from_cache(repository, filename)
     if isinstance(cached, str):
         return Path(cached)
-    endpoint = os.environ.get("HF_ENDPOINT")
     try:
-        url = huggingface_hub.hf_hub_url(repository, filename, endpoint=endpoint)
-        metadata = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT_S)
-        path = huggingface_hub.hf_hub_download(repository, filename, endpoint=endpoint, etag_timeout=_TIMEOUT_S)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Asked first, because a download repeats its attempts for half a minute where there is no network.
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, filename), timeout=_TIMEOUT_S)
+        path = Path(huggingface_hub.hf_hub_download(repository, filename, etag_timeout=_TIMEOUT_S))
+    except Exception as error:  # each major release of the hub has its own HTTP library and errors
         raise ConnectionError(_unreachable(f"{repository}/{filename}", error)) from None
-    if metadata.etag and len(metadata.etag) == 64:
-        _verify(Path(path), metadata.etag)
-    return Path(path)
+    if re.fullmatch("[0-9a-f]{64}", sha256 := path.resolve().name):
+        _verify(path, sha256)
+    return path
 
 
 def download_url(url: str, *, sha256: str | None = None, folder: Path | None = None) -> Path:
@@ -80,10 +78,13 @@ def _fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is lacking
-            error.close()
-            return
-        raise
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        error.close()
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # nothing is lacking
+        part.unlink()  # it is no part of this file
+        return _fetch(url, part)
     with response:
         resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
         expected = int(response.headers.get("Content-Length", -1))
@@ -100,7 +101,8 @@ def _verify(path: Path, sha256: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        path.unlink()
+        path.resolve().unlink()  # the hub's cache is links to files
+        path.unlink(missing_ok=True)
         raise ValueError(f"{path.name} has SHA-256 {found} instead of {sha256}: it was deleted, download it again")
 
 

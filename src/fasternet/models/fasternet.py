@@ -8,9 +8,10 @@ Shapes: input (N, 3, H, W); stage i works on (N, C * 2^i, H / 2^(i+2), W / 2^(i+
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, cast, get_args
 
@@ -179,9 +180,7 @@ class Stage(nn.Module):
         x = self.merging(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                norm = cast(FasterNetBlock, block).norm
-                contexts = lambda norm=norm: (contextlib.nullcontext(), _keep_statistics(norm))  # noqa: E731
-                x = cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=contexts))
+                x = _checkpoint(cast(FasterNetBlock, block), x)
             else:
                 x = block(x)
         return x
@@ -312,6 +311,33 @@ def _create_activation(activation: Activation) -> nn.Module:
 
 def _create_classifier(config: FasterNetConfig) -> nn.Module:
     return nn.Linear(config.head_width, config.num_classes) if config.num_classes else nn.Identity()
+
+
+def _checkpoint(block: FasterNetBlock, x: Tensor) -> Tensor:
+    """Run a block that recomputes its activations in the backward pass."""
+    if torch.compiler.is_compiling():  # a compiled recomputation has no side effects
+        return cast(Tensor, checkpoint(block, x, use_reentrant=False))
+    runs = itertools.count()
+
+    def run(x: Tensor) -> Tensor:
+        with _keep_statistics(block.norm) if next(runs) else contextlib.nullcontext():
+            return cast(Tensor, block(x))
+
+    return checkpoint(run, x, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def _keep_statistics(norm: nn.Module) -> Iterator[None]:
+    """Leave a BN's running statistics alone: recomputing would move them a second time."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        yield
+        return
+    kept = norm.momentum, norm.num_batches_tracked
+    norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        norm.momentum, norm.num_batches_tracked = kept
 
 
 def _init_weights(module: nn.Module) -> None:

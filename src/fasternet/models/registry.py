@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -56,8 +57,8 @@ WEIGHTS: Mapping[str, Weights] = MappingProxyType(
 
 
 def list_models(filter: str = "") -> list[str]:
-    """List the variants whose name contains ``filter``, smallest first."""
-    return [name for name in VARIANTS if filter in name]
+    """List the variants whose name contains ``filter``, in which ``*`` stands for anything; smallest first."""
+    return fnmatch.filter(VARIANTS, f"*{filter}*")
 
 
 def create_model(
@@ -104,9 +105,9 @@ def create_model(
         path = _download(variant, source)
         weights, where = convert.read_state(path), path.name
     elif checkpoint_path is not None:
-        config, weights, where = _read(variant, config, Path(checkpoint_path))
+        config, weights, where = _read(variant, config, fields, Path(checkpoint_path))
     found = None if weights is None else _count_classes(weights)
-    if None not in (found, num_classes) and not pretrained and num_classes != found:
+    if found is not None and num_classes and num_classes != found and not pretrained:
         raise ValueError(f"{where} has {found} classes, and num_classes={num_classes} was asked for")
     if (classes := found if found is not None else num_classes) is not None:
         config = dataclasses.replace(config, num_classes=classes)
@@ -144,14 +145,20 @@ def _download(variant: str, source: Source) -> Path:
     return download.download_from_hub(facts.hub, "model.safetensors")
 
 
-def _read(variant: str, config: FasterNetConfig, path: Path) -> tuple[FasterNetConfig, Mapping[str, Tensor], str]:
-    """Read a checkpoint for ``variant``: a model folder brings its own configuration, a file has to fit ``config``."""
+def _read(
+    variant: str, config: FasterNetConfig, asked: Iterable[str], path: Path
+) -> tuple[FasterNetConfig, Mapping[str, Tensor], str]:
+    """Read a checkpoint: a folder brings its configuration, in which what was ``asked`` for has to stand."""
     if path.is_dir():
         folder = read_model_folder(path)
         if folder.name != variant:
             raise ValueError(f"{path} holds a {folder.name}, and {variant} was asked for")
         kept = {name: getattr(config, name) for name in ("drop_rate", "drop_path_rate")}
-        return dataclasses.replace(folder.config, **kept), folder.weights, str(path)
+        merged = dataclasses.replace(folder.config, **kept)
+        for name in asked:
+            if (value := getattr(config, name)) != (there := getattr(merged, name)):
+                raise ValueError(f"{path} has {name} {there!r}, and {value!r} was asked for")
+        return merged, folder.weights, str(path)
     weights = convert.read_state(path)
     if config.width == VARIANTS[variant].width and config.depths == VARIANTS[variant].depths:
         try:

@@ -6,8 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 MARKER = 5.0  # half the side of the square that a point covers, in pixels
-DISTANCES = (7.0, 13.0, 20.0, 30.0, 42.0)
-DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+NEARNESS = 11.0  # a label nearer than this to another point could be taken for its name
+DISTANCES = (7.0, 13.0, 20.0, 30.0, 42.0, 56.0)
+DIRECTIONS = (
+    *((1, 0), (-1, 0), (0, 1), (0, -1)),
+    *((0.6, 1), (0.6, -1), (-0.6, 1), (-0.6, -1)),
+    *((1, 1), (1, -1), (-1, 1), (-1, -1)),
+)
 
 
 class Box(NamedTuple):
@@ -49,12 +54,13 @@ def place_labels(
     lighter = [_around(point, MARKER / 2) for point in soft]
     taken: list[Box] = []
     places: list[Box | None] = []
-    for point, size in zip(points, sizes, strict=True):
+    for index, (point, size) in enumerate(zip(points, sizes, strict=True)):
+        others = [_around(other, NEARNESS) for other in [*points[:index], *points[index + 1 :]]]
         best: tuple[float, Box] | None = None
         for rank, box in _candidates(point, size):
             if not box.within(frame) or any(map(box.meets, taken)) or any(map(box.meets, markers)):
                 continue
-            cost = rank + sum(map(box.meets, lighter)) / 2
+            cost = rank + sum(map(box.meets, lighter)) / 2 + 3 * sum(map(box.meets, others))
             if best is None or cost < best[0]:
                 best = (cost, box)
         places.append(best[1] if best else None)
@@ -72,7 +78,7 @@ def _candidates(point: tuple[float, float], size: tuple[float, float]) -> Iterat
     width, height = size
     for ring, distance in enumerate(DISTANCES):
         for turn, (right, up) in enumerate(DIRECTIONS):
-            reach = distance if 0 in (right, up) else distance * 0.7
+            reach = distance * 0.7 if abs(right) == abs(up) else distance
             x = point[0] + right * (reach + width / 2)
             y = point[1] + up * (reach + height / 2)
-            yield 2.5 * ring + 0.3 * turn, Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            yield 2.5 * ring + 0.2 * turn, Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)

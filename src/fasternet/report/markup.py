@@ -68,6 +68,13 @@ def join(children: Iterable[object]) -> Html:
     )
 
 
+def power_of_ten(value: float) -> Html:
+    """Write a number as print does: 3.1 × 10⁻⁷."""
+    digits, power = f"{value:.1e}".split("e")
+    exponent = str(int(power)).replace("-", "−")
+    return tag("span", f"{digits} × 10", tag("sup", exponent), class_="whole") if value else Html("0")
+
+
 def figure(key: str, title: object, content: object, *notes: object) -> Html:
     """Make a figure or a table with its caption above and its notes below.
 

@@ -24,6 +24,7 @@ from fasternet.report.provenance import describe_setting, number, provenance
 from fasternet.report.sources import Source, comparable, group, newest, select
 
 PANELS = {"a": "FLOPS, G multiply-adds per second", "b": "Latency, ms"}
+PAPER_SIZES = "224 px (MobileViT and EdgeNeXt 256 px)"
 AUTHORS = "‘authors’: measured again by them in April 2023, after they had mended the shortcut."
 PAPER_POINTS = "the paper, version v1: another CPU (i9-9900X), other software"
 
@@ -174,5 +175,5 @@ def _table3(key: str, label: str, rows: Sequence[Row], quantity: Quantity, small
     ]
     content = table(key, columns, rows, breaks=[i for i in range(1, len(rows)) if rows[i].group != rows[i - 1].group])
     title = f"Table 3. Networks, the paper’s numbers and those measured here ({label})"
-    conditions = f"Paper: {quantity.conditions}. {AUTHORS}" if quantity.paper else None
+    conditions = f"Paper: {quantity.conditions}, {PAPER_SIZES}. {AUTHORS}" if quantity.paper else None
     return figure(key, title, content, conditions, small)

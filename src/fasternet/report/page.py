@@ -9,13 +9,14 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from fasternet.report.appendix import show_costs, show_differences, show_environment, show_notes
 from fasternet.report.markup import Html, join, tag
 from fasternet.report.networks import show_networks
 from fasternet.report.operators import show_operators
 from fasternet.report.provenance import describe_dates, describe_machine, unique
 from fasternet.report.ratios import show_ratios
 from fasternet.report.sources import Source, find_machines, load_sources
-from fasternet.report.summary import show_costs, show_environment, show_notes, show_summary
+from fasternet.report.summary import show_summary
 from fasternet.report.training import show_training
 
 
@@ -60,6 +61,7 @@ def render_page(sources: Sequence[Source]) -> str:
         "Operators": show_operators(sources, machines),
         "Ratios": show_ratios(sources, machines),
         "Training": show_training(sources, machines),
+        "Exactness": show_differences(sources, machines),
         "Costs": show_costs(sources, machines),
         "Environment": show_environment(sources, machines),
         "Notes": show_notes(),

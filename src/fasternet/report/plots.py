@@ -94,13 +94,11 @@ def draw_networks(points: Sequence[Point], *, key: str, title: str, x_label: str
             )
             axes.plot([p.x for p in ours], [p.y for p in ours], zorder=2, **line)
         for number, point in enumerate(points):
-            color = (ACCENT if point.is_fasternet else INK) if point.measured else MUTED
-            face = color if point.measured else PAPER
-            axes.plot(
-                point.x, point.y, "o", gid=f"point{number}", zorder=4 if point.measured else 3,
-                markersize=7 if point.measured else 4.5, markeredgecolor=color, markerfacecolor=face,
-                markeredgewidth=0.8,
-            )  # fmt: skip
+            color = ACCENT if point.is_fasternet else INK
+            filled = {"markersize": 7.5, "markerfacecolor": color, "markeredgecolor": PAPER, "zorder": 4}
+            hollow = {"markersize": 4.5, "markerfacecolor": PAPER, "markeredgecolor": MUTED, "zorder": 3}
+            style = filled if point.measured else hollow
+            axes.plot(point.x, point.y, "o", gid=f"point{number}", markeredgewidth=0.8, **style)
         _set_limits(axes, points)
         _label(axes, [point for point in points if point.measured], [point for point in points if not point.measured])
 

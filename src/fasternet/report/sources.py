@@ -61,10 +61,7 @@ def load_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def _load(file: Path) -> list[Record]:
-    try:
-        records = load_records(file)
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a record file: it is not text") from None
+    records = load_records(file)
     for number, record in enumerate(records, start=1):
         texts = (
             record.suite,

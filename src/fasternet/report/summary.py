@@ -1,22 +1,18 @@
-"""The top of a report and its end: the headline figures; costs, machines, commands and notes."""
+"""The headline of a report: what was trained, what optimising changed, how fast it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fasternet.records import Machine, Record
+from fasternet.records import Record
 from fasternet.report.compare import Timing, scaled
-from fasternet.report.markup import Cell, Column, Html, figure, join, table, tag
+from fasternet.report.markup import Html, join, power_of_ten, tag
 from fasternet.report.operators import compare_flops
 from fasternet.report.provenance import (
     count,
     describe_condition,
-    describe_dates,
-    describe_machine,
     describe_setting,
-    describe_versions,
     number,
-    provenance,
     shared_condition,
     unique,
 )
@@ -25,18 +21,6 @@ from fasternet.report.sources import COMPARABLE, Source, comparable, group, newe
 from fasternet.report.training import last_epochs
 
 MAX_CLAIMS = 4  # of a kind
-UNITS = {"macs_per_second": (1e9, "G multiply-adds/s"), "bytes_per_second": (1e9, "GB/s")}
-NOTES = {
-    "ratios": "Claims of speed are ratios. Candidates run interleaved in one process; a ratio is that of their median "
-    "times, with a bootstrap 95 % interval. A verdict needs an interval without 1, and a ratio that is further from 1 "
-    "than the A/A spread of that run, the baseline measured against itself.",
-    "paper-speeds": "The paper’s speeds are those of its version v1. Those of FasterNet and PConv were measured with "
-    "an in-place partial convolution that overwrites the shortcut of the residual block: not quite the function that "
-    "was trained. All of them come from other processors and other software, so compare ratios, not milliseconds.",
-    "flops": "FLOPs are multiply-adds, as in the paper; FLOPS are multiply-adds per second. The paper counts "
-    "parameters without batch normalisation.",
-    "unstable": "† Unstable: the middle half of the repetitions spreads over more than 10 % of their median.",
-}
 
 
 def show_summary(sources: Sequence[Source]) -> list[Html]:
@@ -51,10 +35,10 @@ def show_summary(sources: Sequence[Source]) -> list[Html]:
     content = [tag("dl", *facts, class_="facts")] if facts else []
     if chosen:
         shared = shared_condition([record for record, _ in chosen])
-        note = f"Time with its 95 % interval; {describe_condition(shared)}. All ratios stand "
+        told = "; ".join(filter(None, ("Time with its 95 % interval", describe_condition(shared))))
         content += [
             tag("ul", *(_claim(record, timing, shared) for record, timing in chosen), class_="claims"),
-            tag("p", note, tag("a", "below", href="#section-ratios"), ".", class_="note"),
+            tag("p", f"{told}. All ratios stand ", tag("a", "below", href="#section-ratios"), ".", class_="note"),
         ]
     return content
 
@@ -94,9 +78,9 @@ def _tell_differences(sources: Sequence[Source]) -> list[Html]:
         if changed is None or pictures is None:
             continue
         largest = number(record, "max_relative_difference")
-        rest = None if largest is None else join(["; largest relative difference ", _power_of_ten(largest)])
-        text = "predictions changed by optimising "
-        facts.append(_fact(f"{changed:,.0f} of {pictures:,.0f}", text, tag("strong", name), rest))
+        rest = None if largest is None else join(["; largest relative difference ", power_of_ten(largest)])
+        network = tag("strong", name.partition(":")[0])
+        facts.append(_fact(f"{changed:,.0f} of {pictures:,.0f}", "predictions changed by optimising ", network, rest))
     return facts
 
 
@@ -117,7 +101,7 @@ def _rank(ratio: Record) -> int | None:
     own, _, form = ratio.subject.partition(":")
     baseline = str(ratio.condition.get("baseline"))
     if ratio.suite != "networks":
-        return 0 if ratio.suite == "optimize" else None
+        return None if ratio.suite == "operators" else 0
     if form:
         return 1 if own == baseline else None
     rivals = baseline.startswith("FasterNet") and not own.startswith("FasterNet")
@@ -139,76 +123,7 @@ def _claim(record: Record, timing: Timing, shared: Mapping[str, object]) -> Html
     )
 
 
-def _power_of_ten(value: float) -> Html:
-    digits, power = f"{value:.1e}".split("e")
-    exponent = str(int(power)).replace("-", "−")
-    return tag("span", f"{digits} × 10", tag("sup", exponent), class_="whole") if value else join(["0"])
-
-
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def show_costs(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
-    """Make the table of counted costs."""
-    costs = newest(select(sources, "cost"), lambda r: (r.subject, str(r.condition.get("input_size")))).values()
-    if not costs:
-        return []
-    columns: list[Column[Record]] = [
-        Column("Subject", lambda record: record.subject),
-        Column("px", lambda record: record.condition.get("input_size"), ".0f"),
-        Column("parameters, M", lambda record: scaled(record, "num_params", 1e6), ",.3f"),
-        Column("multiply-adds, M", lambda record: scaled(record, "macs", 1e6), ",.2f"),
-        Column("memory accesses, M", lambda record: scaled(record, "memory_accesses", 1e6), ",.2f"),
-    ]
-    content = table("costs", columns, list(costs))
-    return [figure("costs", "Counted costs of one picture", content, provenance(list(costs), machines))]
-
-
-def show_environment(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
-    """List the machines with what they attain, and the files with the commands that wrote them."""
-    records = [record for source in sources for record in source.records]
-    content = [
-        tag(
-            "dl", *(_machine(name, sources, machines) for name in unique(r.machine for r in records)), class_="machines"
-        )
-    ]
-    columns: list[Column[tuple[str, list[Record]]]] = [
-        Column("Suites", lambda row: ", ".join(unique(record.suite for record in row[1]))),
-        Column("records", lambda row: len(row[1]), ",.0f"),
-        Column("date", lambda row: describe_dates(row[1])),
-        Column("commit", lambda row: ", ".join(unique(r.commit for r in row[1] if r.commit)) or None),
-        Column("versions", lambda row: "; ".join(unique(describe_versions(r.versions) for r in row[1])) or None),
-        Column("command", lambda row: Cell(tag("code", row[0] or "unknown"), row[0])),
-    ]
-    commands = list(group(records, lambda record: record.command).items())
-    content.append(figure("commands", "What was run", table("commands", columns, commands)))
-    return content
-
-
-def _machine(name: str, sources: Sequence[Source], machines: Mapping[str, Machine]) -> Html:
-    peaks = newest(
-        (record for record in select(sources, "machine_peak") if record.machine == name),
-        lambda record: (record.subject, describe_condition(record.condition)),
-    )
-    attained = [
-        f"{value / unit:,.1f} {label} ({record.subject}, {describe_condition(record.condition)})"
-        for record in peaks.values()
-        for key, (unit, label) in UNITS.items()
-        if (value := number(record, key)) is not None
-    ]
-    machine = machines.get(name)
-    details = [f"id {name}", machine.architecture, machine.system, *machine.instruction_sets] if machine else []
-    return tag(
-        "div",
-        tag("dt", describe_machine(name, machines)),
-        tag("dd", ", ".join(details)) if details else None,
-        tag("dd", f"Attains {'; '.join(attained)}") if attained else None,
-    )
-
-
-def show_notes() -> list[Html]:
-    """List what a reader has to know about every number of the page."""
-    return [tag("ol", *(tag("li", text, id=name) for name, text in NOTES.items()), class_="notes")]

@@ -35,14 +35,12 @@ class Classification(Task):
     """Tell the class of a picture.
 
     Attributes:
-        model: The network.
         recipe: How to train.
         datasets: The pictures, their transforms set.
         preprocessing: What evaluation does to a picture; it goes into the model folder.
         mixup: Mixes the pictures of a batch and their labels, or None.
     """
 
-    model: FasterNet
     recipe: Recipe
     datasets: Datasets
     preprocessing: Preprocessing
@@ -73,18 +71,18 @@ class Classification(Task):
         result = self._evaluate(model)
         return {"validation_loss": result.loss, "top1": result.top1, "top5": result.top5}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: FasterNet) -> None:
         """Write weights, class names and preprocessing."""
         save_checkpoint(
             folder,
-            self.model,
+            model,
             name=self.name,
             class_names=self.datasets.class_names,
             preprocessing=self.preprocessing,
         )
 
     def summarise(self, output: Path) -> list[Record]:
-        """Evaluate the best checkpoint as it is on the disk, and lay out a sheet of its predictions."""
+        """Evaluate the best checkpoint as it is on the disk, in fp32, and lay out a sheet of its predictions."""
         model = load_checkpoint(output / "best").model.to(self.device).eval()
         result = self._evaluate(model)
         record = create_record("train", "evaluation", self.name, condition=self.condition, values=result.values())

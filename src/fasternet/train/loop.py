@@ -122,7 +122,7 @@ def fit(
         if progress:
             steps = task.num_steps
             progress(Progress(epoch + 1, recipe.epochs, steps, steps, values["train_loss"], values))
-    with _autocast(task, recipe), _explain_failed_write(output, recipe.epochs):
+    with _explain_failed_write(output, recipe.epochs):
         append_records(output / "log.jsonl", task.summarise(output))
 
 
@@ -136,6 +136,8 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe, output
     """Load the last checkpoint, and cut from the log what was written after it."""
     log, path = output / "log.jsonl", output / "last" / "state.pt"
     records = load_records(log)
+    if not records or records[0].kind != "run":
+        raise ValueError(f"{log} does not begin with the record of a run: it cannot be resumed")
     _check_same_run(records[0], _describe_run(task, recipe), output)
     num_done, best = 0, -math.inf
     if path.is_file():
@@ -228,10 +230,10 @@ def _save_epoch(
     """Write log and checkpoints, the resume state last: whatever is cut off before it is done again."""
     record = create_record("train", "epoch", task.name, condition={"epoch": num_done}, values=values)
     append_records(output / "log.jsonl", [record])
-    if values[task.metric] > best:
+    if values[task.metric] >= best:  # of equal epochs the later one, whose loss is lower as a rule
         best = values[task.metric]
-        task.save(output / "best")
-    task.save(output / "last")
+        task.save(output / "best", task.model)
+    task.save(output / "last", task.model)
     state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict()}
     save_state(output / "last" / "state.pt", {**state, "epoch": num_done, "best": best})
     return best

@@ -18,7 +18,7 @@ from fasternet.records import Record
 class Task(abc.ABC):
     """What a run trains, and how it is judged; classification is one task.
 
-    The loop calls ``loss``, ``evaluate`` and ``summarise`` under autocast where the recipe asks for it.
+    The loop calls ``loss`` and ``evaluate`` under autocast where the recipe asks for bf16; ``summarise`` works in fp32.
 
     Attributes:
         name: The network's name, the subject of the run's records.
@@ -27,7 +27,7 @@ class Task(abc.ABC):
         condition: What data and network are, for the record of the run; the loop adds the recipe.
         values: What they count, likewise.
         num_steps: Batches an epoch.
-        metric: The value of ``evaluate`` that is highest at the best epoch.
+        metric: The value of ``evaluate`` that is highest at the best epoch; of equal epochs the last is the best.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task(abc.ABC):
         """Return the values that the epoch's record gets; the network is in evaluation mode."""
 
     @abc.abstractmethod
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: Any) -> None:
         """Write the network into a model folder, each file atomically."""
 
     @abc.abstractmethod

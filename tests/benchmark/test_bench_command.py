@@ -1,0 +1,122 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fasternet.benchmark import networks, operators
+from fasternet.cli.bench import bench
+from fasternet.environment import create_record
+from fasternet.records import Record, load_records
+
+RATIO = {"ratio": 3.25, "low": 3.0, "high": 3.5, "verdict": "slower", "a_a_spread": 0.01, "num_blocks": 16}
+LATENCY = {
+    **{"latency_ms": 12.5, "latency_ms_min": 12.0, "latency_ms_p90": None, "unstable": True, "macs": 4 * 10**8},
+    **{"macs_per_second": 3.2e10, "images_per_second": 80.0, "peak_share": 0.5},
+}
+
+
+def _records(suite: str, names: tuple[str, str], condition: dict[str, Any]) -> Iterator[Record]:
+    yield create_record(suite, "machine_peak", "gemm", values={"macs_per_second": 6.4e10})
+    yield create_record(suite, "latency", names[0], condition=condition, values=LATENCY)
+    yield create_record(suite, "latency", names[1], condition=condition, values={"error": "OOM"})
+    condition = {**condition, "baseline": names[0]}
+    control = {**RATIO, "ratio": 1.0, "verdict": "not distinguishable"}
+    yield create_record(suite, "ratio", names[0], condition=condition, values=control)
+    yield create_record(suite, "ratio", names[1], condition=condition, values=RATIO)
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(bench, arguments, catch_exceptions=False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace the measuring, and return what it is asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def measure_networks(names: Any, **options: Any) -> Iterator[Record]:
+        asked.append({"names": names, **options})
+        return _records("networks", ("FasterNet-T0", "MobileViT-XXS"), {"input_size": 224})
+
+    def measure_operators(names: Any, **options: Any) -> Iterator[Record]:
+        asked.append({"names": names, **options})
+        shape = {"channels": 96, "height": 56, "width": 56}
+        return _records("operators", ("pconv3x3_r1/4", "dwconv3x3"), shape)
+
+    monkeypatch.setattr(networks, "measure_networks", measure_networks)
+    monkeypatch.setattr(operators, "measure_operators", measure_operators)
+    return asked
+
+
+def test_networks_are_printed_beside_the_paper(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    path = tmp_path / "mine.jsonl"
+    result = _run("networks", "--networks", "FasterNet-T0, MobileViT-XXS", "--quick", "--out", str(path))
+    assert asked[0]["names"] == ["FasterNet-T0", "MobileViT-XXS"]
+    assert asked[0]["quick"] is True
+    assert asked[0]["input_size"] is None
+    fasternet, mobilevit, control, ratio = (
+        line for line in result.stdout.splitlines() if line.strip().startswith(("FasterNet-T0", "MobileViT-XXS"))
+    )
+    assert fasternet.split()[1:] == ["0.4", "8.2", "12.5", "12", "-", "32", "50", "80", "unstable"]
+    assert mobilevit.split()[2] == "25.4"
+    assert mobilevit.split()[-1] == "OOM"
+    assert "itself (A/A control)" in control
+    assert f"{25.4 / 8.2:.4g}" in ratio  # the paper's 3.1x
+    assert ratio.split()[-1] == "slower"
+    assert result.stderr.splitlines()[-2].startswith("unstable: 1; run again")
+    assert result.stderr.splitlines()[-1] == str(path)
+    assert [record.kind for record in load_records(path)].count("latency") == 2
+
+
+def test_operators_are_printed_beside_the_paper(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    path = tmp_path / "mine.jsonl"
+    result = _run("operators", "--memory-format", "channels_last", "--out", str(path))
+    assert asked[0]["names"] is None
+    assert asked[0]["memory_format"] == "channels_last"
+    line = next(line for line in result.stdout.splitlines() if "pconv3x3_r1/4 96x56x56" in line)
+    assert line.split()[3] == "4.74"
+    assert "error" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [((), True), (("--batch-size", "32"), False), (("--device", "cuda"), False)],
+)
+def test_paper_stands_beside_its_own_conditions_alone(
+    tmp_path: Path, asked: list[dict[str, Any]], arguments: tuple[str, ...], shown: bool
+) -> None:
+    result = _run("networks", *arguments, "--out", str(tmp_path / "mine.jsonl"))
+    assert ("8.2" in result.stdout) is shown
+    assert "12.5" in result.stdout
+
+
+def test_json_is_one_document(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    result = _run("networks", "--json", "--out", str(tmp_path / "mine.jsonl"))
+    document = json.loads(result.stdout)
+    assert [entry["subject"] for entry in document][1:3] == ["FasterNet-T0", "MobileViT-XXS"]
+
+
+def test_records_go_to_the_machines_folder_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _run("networks")
+    path = Path(result.stderr.splitlines()[-1])
+    assert path.match("results/*/*-networks.jsonl")
+    assert len(load_records(path)) == 5
+    assert (tmp_path / "results" / "machines" / f"{path.parent.name}.json").is_file()
+
+
+def test_wrong_network_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="near names are MobileNetV2"):
+        _run("networks", "--networks", "MobileNetV3")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("networks", "--batch-size", "0"), ("operators", "--threads", "x"), ("nets",)])
+def test_wrong_options_exit_with_2(arguments: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(bench, arguments).exit_code == 2
