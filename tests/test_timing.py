@@ -82,9 +82,21 @@ def test_rounds_hold_one_block_of_each_candidate_in_changing_order() -> None:
     assert set(measured.samples_ms) == {"a", "b", "c"}
     assert [len(samples) for samples in measured.samples_ms.values()] == [40, 40, 40]
     assert len(measured.control_ms) == 40
-    rounds = np.reshape(clock.calls[-40 * 4 * 2 :], (40, 8))  # an untimed and a timed call, b twice
-    assert all(sorted(row) == list("aabbbbcc") for row in rounds)
+    rounds = np.reshape(clock.calls[-40 * 4 :], (40, 4))  # b twice
+    assert all(sorted(row) == list("abbc") for row in rounds)
     assert len({tuple(row) for row in rounds}) > 6
+
+
+@pytest.mark.parametrize(("seconds", "untimed"), [(0.011, 1), (0.5, 0)])
+def test_blocks_of_several_calls_begin_with_an_untimed_one(seconds: float, untimed: int) -> None:
+    clock, before = FakeClock(), []
+
+    def track(iterable, total, description):
+        before.append(len(clock.calls))
+        return iterable
+
+    measured = measure({"a": clock.candidate("a", seconds)}, num_blocks=5, warmup_s=0, clock=clock, track=track)
+    assert len(clock.calls) - before[0] == 5 * 2 * (measured.num_loops["a"] + untimed)
 
 
 def test_order_depends_on_the_seed_alone() -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
-from fasternet.train import device, loop
+from fasternet.train import loop
 from fasternet.train.classification import Classification
 from fasternet.train.loop import Progress, fit, train
 from fasternet.train.recipes import load_recipe
@@ -320,8 +320,9 @@ class Regression(Task):
         return []
 
 
-def test_fit_trains_whatever_task(recipe, tmp_path: Path) -> None:
-    task = Regression(
+@pytest.fixture
+def regression() -> Regression:
+    return Regression(
         name="line",
         model=torch.nn.Linear(1, 1, bias=False),
         device=torch.device("cpu"),
@@ -330,7 +331,17 @@ def test_fit_trains_whatever_task(recipe, tmp_path: Path) -> None:
         num_steps=2,
         metric="accuracy",
     )
-    fit(task, tmp_path, recipe=dataclasses.replace(recipe, lr=0.1, epochs=60, weight_decay=0.0, batch_size=4))
+
+
+@pytest.mark.parametrize("limit", [0.01, None])
+def test_fit_clips_the_gradient(regression: Regression, recipe, tmp_path: Path, limit: float | None) -> None:
+    fit(regression, tmp_path, recipe=dataclasses.replace(recipe, epochs=1, clip_grad=limit))
+    norm = regression.model.weight.grad.norm().item()
+    assert norm == pytest.approx(limit, rel=1e-3) if limit else norm > 0.1
+
+
+def test_fit_trains_whatever_task(regression: Regression, recipe, tmp_path: Path) -> None:
+    fit(regression, tmp_path, recipe=dataclasses.replace(recipe, lr=0.1, epochs=60, weight_decay=0.0, batch_size=4))
     log = [r.values["accuracy"] for r in load_records(tmp_path / "log.jsonl") if r.kind == "epoch"]
     assert len(log) == 60
     weight = torch.load(tmp_path / "best" / "weights.pt", weights_only=True)["weight"].item()
@@ -362,29 +373,3 @@ def test_train_in_bf16_runs_the_network_in_bf16(run, tmp_path: Path, monkeypatch
         torch.float32,
         torch.int64,
     }
-
-
-@pytest.mark.parametrize(
-    ("instructions", "precision"), [(("avx2",), "fp32"), (("avx2", "avx512_bf16"), "bf16"), (("amx_bf16",), "bf16")]
-)
-def test_select_precision_is_bf16_where_the_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, instructions: tuple[str, ...], precision: str
-) -> None:
-    machine = dataclasses.replace(device.describe_machine(), instruction_sets=instructions)
-    monkeypatch.setattr(device, "describe_machine", lambda: machine)
-    cpu = torch.device("cpu")
-    assert device.select_precision("auto", cpu) == precision
-    assert device.select_precision("fp32", cpu) == "fp32"
-    if precision == "fp32":
-        with pytest.raises(ValueError, match="neither avx512_bf16 nor amx_bf16"):
-            device.select_precision("bf16", cpu)
-    else:
-        assert device.select_precision("bf16", cpu) == "bf16"
-
-
-@pytest.mark.parametrize("name", ["tpu", "cpu:x", "cuda:99", "cuda:"])
-def test_select_device_refuses_what_is_not_there(name: str) -> None:
-    if name == "cuda:" and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match=repr(name)):
-        device.select_device(name)

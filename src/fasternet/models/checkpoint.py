@@ -131,6 +131,8 @@ def read_model_folder(path: Path) -> ModelFolder:
         config = dict(document["fasternet"]["config"])
         config["depths"] = tuple(config["depths"])
         cfg, names = document["pretrained_cfg"], document.get("label_names")
+        if names is not None and len(names) != config["num_classes"]:
+            raise ValueError(f"{path / CONFIG_FILE} has {len(names)} label_names for {config['num_classes']} classes")
         return ModelFolder(
             name=document["architecture"],
             config=FasterNetConfig(**config),

@@ -228,4 +228,4 @@ def _load_pickle(path: Path) -> Any:
         except Exception as error:  # a damaged pickle fails in a dozen ways
             if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL:? (\S+)", str(error))):
                 raise ValueError(f"{path} is refused: beside tensors it holds {found[1]}, which can run code") from None
-            raise ValueError(f"{path} is truncated, or no checkpoint of tensors alone") from None
+            raise ValueError(f"{path} is truncated, or is no checkpoint of plain tensors") from None

@@ -78,9 +78,9 @@ def _fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        error.close()
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return  # nothing is lacking
         part.unlink()  # it is no part of this file
