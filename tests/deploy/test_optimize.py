@@ -57,14 +57,13 @@ def test_optimize_keeps_the_function(name, batch_size):
 def test_optimize_keeps_the_function_of_any_configuration(options):
     model = randomise(create_model("fasternet_t0", width=12, **options))
     x = torch.randn(2, options.get("in_chans", 3), 65, 48)
-    optimized = optimize_for_inference(model)
-    with torch.no_grad():
-        expected, found = model(x), optimized(x)
-    if not isinstance(expected, list):
-        expected, found = [expected], [found]
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert relative_difference(a, b) <= 1e-5
+    for batch_size in (1, 2):
+        with torch.no_grad():
+            expected, found = model(x), optimize_for_inference(model, batch_size=batch_size)(x)
+        if not isinstance(expected, list):
+            expected, found = [expected], [found]
+        for a, b in zip(found, expected, strict=True):
+            assert relative_difference(a, b) <= 1e-5
 
 
 def test_optimize_takes_timm_networks():
@@ -95,7 +94,10 @@ def test_optimize_gives_reasons():
     reasons = optimize_for_inference(create_model("fasternet_t0", width=8)).reasons
     assert "folded" in reasons["norm"]
     assert "LayerNorm kept" in optimize_for_inference(create_model("fasternet_t0", width=8, norm="ln")).reasons["norm"]
-    assert set(reasons) == {"norm", "block", "shortcut", "activation", "memory_format"}
+    assert set(reasons) == {"norm", "block", "pointwise", "shortcut", "activation", "memory_format"}
+    assert reasons["pointwise"].startswith("matrix products")
+    many = optimize_for_inference(create_model("fasternet_t0", width=8), batch_size=32).reasons
+    assert many["pointwise"].startswith("convolutions")
 
 
 def test_optimized_network_refuses_training_and_records_no_gradient():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fasternet.cli._common import note, track
+from fasternet.cli._common import note, shorten_spinning, track
 
 if TYPE_CHECKING:
     from fasternet.records import Record
@@ -27,6 +27,7 @@ def quickstart(
     Takes a few minutes on two cores and needs no network.
     Example: fasternet quickstart
     """
+    shorten_spinning()
     from datetime import datetime
 
     from fasternet.benchmark.networks import measure_networks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note
+from fasternet.cli._common import note, shorten_spinning
 
 if TYPE_CHECKING:
     from fasternet.train.loop import Progress
@@ -42,6 +42,7 @@ def train(
 
     Example: fasternet train fasternet_t0 --data digits
     """
+    shorten_spinning()
     from fasternet.train import loop
 
     if resume and output is None:

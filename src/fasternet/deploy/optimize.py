@@ -5,7 +5,7 @@ What the published code made fast by changing the function (Table 9, "slicing"),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from fasternet.deploy.fold import fold_batch_norm
 from fasternet.models import convert
-from fasternet.models.fasternet import MIN_INPUT_SIZE, FasterNet, FasterNetBlock, FasterNetConfig
-from fasternet.ops.block import BlockWeights, block_restore_
+from fasternet.models.fasternet import (
+    MIN_INPUT_SIZE,
+    ConvNorm,
+    FasterNet,
+    FasterNetBlock,
+    FasterNetConfig,
+    Stage,
+)
+from fasternet.ops.block import BlockWeights, Pointwise, block_restore_
 
 Engine = Literal["eager"]
 
@@ -23,8 +30,9 @@ Engine = Literal["eager"]
 class InferenceBlock(nn.Module):
     """A FasterNet block as ``block_restore_`` computes it; it overwrites its input, which the stage owns."""
 
-    def __init__(self, block: FasterNetBlock) -> None:
+    def __init__(self, block: FasterNetBlock, pointwise: Pointwise) -> None:
         super().__init__()
+        self.pointwise = pointwise
         project = block.pwconv2.weight
         if block.layer_scale is not None:
             project = nn.Parameter(project * block.layer_scale[:, None, None, None])
@@ -37,7 +45,27 @@ class InferenceBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H, W), in place."""
         weights = BlockWeights(self.partial, self.expand, self.expand_bias, self.project, self.start)
-        return block_restore_(x, weights, lambda h: self.act(self.norm(h)))
+        return block_restore_(x, weights, lambda h: self.act(self.norm(h)), pointwise=self.pointwise)
+
+
+class InferenceMerging(nn.Module):
+    """A merging, whose patches do not overlap, as one matrix product over them; its output is channels_last."""
+
+    def __init__(self, merging: ConvNorm) -> None:
+        super().__init__()
+        conv = merging.conv
+        self.kernel_size = conv.kernel_size[0]
+        self.weight = nn.Parameter(conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous())  # (2C, k * k * C)
+        self.bias = conv.bias
+        self.norm = merging.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, 2C, H / k, W / k)."""
+        k = self.kernel_size
+        n, c, height, width = x.shape[0], x.shape[1], x.shape[2] // k, x.shape[3] // k
+        patches = x.permute(0, 2, 3, 1)[:, : height * k, : width * k].reshape(n, height, k, width, k * c)
+        patches = patches.transpose(2, 3).reshape(n, height, width, k * k * c)
+        return cast(Tensor, self.norm(F.linear(patches, self.weight, self.bias).permute(0, 3, 1, 2)))
 
 
 class InferenceFasterNet(FasterNet):
@@ -55,6 +83,9 @@ class InferenceFasterNet(FasterNet):
         """See ``FasterNet``; no gradient is recorded."""
         return super().forward_intermediates(x, indices)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        return super()._embed(x).contiguous(memory_format=torch.channels_last)
+
     def train(self, mode: bool = True) -> InferenceFasterNet:
         """Refuse training: the folded network has no BN left to train."""
         if mode:
@@ -68,7 +99,8 @@ def optimize_for_inference(model: nn.Module, *, batch_size: int = 1, engine: str
 
     Args:
         model: A ``FasterNet`` or timm's; it is not modified.
-        batch_size: What the model will mostly be run with; it runs with any.
+        batch_size: What the model will mostly be run with; it takes any. At 1, pointwise convolutions and mergings
+            run as matrix products, above as convolutions.
         engine: ``"eager"``, plain PyTorch.
 
     Returns:
@@ -86,13 +118,15 @@ def optimize_for_inference(model: nn.Module, *, batch_size: int = 1, engine: str
         model = from_timm(model)
     weight = model.embedding.conv.weight
     example = torch.zeros(1, model.config.in_chans, MIN_INPUT_SIZE, MIN_INPUT_SIZE).to(weight.device, weight.dtype)
-    folded = cast(FasterNet, fold_batch_norm(model, example)).requires_grad_(False)
-    for stage in folded.stages:
-        blocks = cast(nn.Sequential, stage.blocks)
-        stage.blocks = nn.Sequential(*(InferenceBlock(cast(FasterNetBlock, block)) for block in blocks))
+    folded = cast(FasterNet, fold_batch_norm(model, example))
+    pointwise: Pointwise = "matmul" if batch_size == 1 else "conv"
+    for stage in cast(Iterable[Stage], folded.stages):
+        stage.blocks = nn.Sequential(*(InferenceBlock(cast(FasterNetBlock, b), pointwise) for b in stage.blocks))
+        if pointwise == "matmul" and isinstance(stage.merging, ConvNorm):
+            stage.merging = InferenceMerging(stage.merging)
     folded.__class__ = InferenceFasterNet  # the copy is ours: same modules, but for inference only
-    optimized = cast(InferenceFasterNet, folded.to(memory_format=torch.channels_last))
-    optimized.reasons = _explain(optimized)
+    optimized = cast(InferenceFasterNet, folded.requires_grad_(False).to(memory_format=torch.channels_last))
+    optimized.reasons = _explain(optimized, pointwise)
     return optimized
 
 
@@ -134,7 +168,7 @@ def _activate_in_place(act: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.ops.aten.gelu_ if isinstance(act, nn.GELU) else F.relu_
 
 
-def _explain(model: InferenceFasterNet) -> dict[str, str]:
+def _explain(model: InferenceFasterNet, pointwise: Pointwise) -> dict[str, str]:
     """Say for each choice why it was made."""
     folded = model.config.norm == "bn"
     return {
@@ -143,6 +177,10 @@ def _explain(model: InferenceFasterNet) -> dict[str, str]:
         else "LayerNorm kept: it depends on the input and cannot be folded",
         "block": "PConv writes into the block's input, whose quarter is kept and put back before the shortcut: "
         "no concatenation and no clone",
+        "pointwise": "matrix products over the pixels, mergings too: at batch size 1 libraries prepare a "
+        "convolution's weights anew in each call"
+        if pointwise == "matmul"
+        else "convolutions: above batch size 1 their blocking gains more than preparing the weights costs",
         "shortcut": "the second pointwise convolution is added to the block's input in place",
         "activation": "in place: a second hidden map would be allocated for nothing",
         "memory_format": "channels_last: pointwise convolutions are plain matrix products in it",

@@ -171,7 +171,7 @@ class Stage(nn.Module):
     def __init__(self, index: int, drop_paths: Sequence[float], config: FasterNetConfig) -> None:
         super().__init__()
         channels = config.stage_channels[index]
-        self.merging = nn.Identity() if index == 0 else ConvNorm(channels // 2, channels, 2, config.norm)
+        self.merging: nn.Module = nn.Identity() if index == 0 else ConvNorm(channels // 2, channels, 2, config.norm)
         self.blocks = nn.Sequential(*(FasterNetBlock(channels, j, p, config) for j, p in enumerate(drop_paths)))
         self.grad_checkpointing = False
 

@@ -9,13 +9,15 @@ pointwise convolution to ``x``. The published in-place form left out the third s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fasternet.ops import eager
+
+Pointwise = Literal["conv", "matmul"]
 
 
 class BlockWeights(NamedTuple):
@@ -43,22 +45,27 @@ def block_split_cat(x: Tensor, weights: BlockWeights, activation: Callable[[Tens
     return x + F.conv2d(h, weights.project)
 
 
-def block_restore_(x: Tensor, weights: BlockWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute the block into ``x`` and return it; bitwise what the oracle computes, up to the kernels' rounding.
+def block_restore_(
+    x: Tensor, weights: BlockWeights, activation: Callable[[Tensor], Tensor], *, pointwise: Pointwise = "conv"
+) -> Tensor:
+    """Compute the block into ``x`` and return it: what the oracle computes, up to the kernels' rounding.
 
     Args:
         x: (N, C, H, W), owned by the caller and overwritten with the result.
         weights: The block's weights.
         activation: Normalisation (where it cannot be folded) and activation of the hidden map; may work in place.
+        pointwise: ``"conv"``, or ``"matmul"`` for matrix products over the pixels; then ``x`` must be channels_last.
     """
     part = x[:, weights.start : weights.start + weights.partial.shape[0]]
-    kept = part.clone(memory_format=_memory_format(x))
+    kept = part.clone(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
     part.copy_(F.conv2d(kept, weights.partial, padding=weights.partial.shape[-1] // 2))
-    h = activation(F.conv2d(x, weights.expand, weights.expand_bias))
+    if pointwise == "conv":
+        h = activation(F.conv2d(x, weights.expand, weights.expand_bias))
+        part.copy_(kept)
+        return x.add_(F.conv2d(h, weights.project))
+    pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C), dense
+    h = F.linear(pixels, weights.expand.flatten(1), weights.expand_bias)  # (N, H, W, 2C)
+    h = activation(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     part.copy_(kept)
-    return x.add_(F.conv2d(h, weights.project))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return the format that ``x``'s channels are stored in; a part of the channels keeps it."""
-    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    pixels.view(-1, x.shape[1]).addmm_(h.reshape(-1, h.shape[-1]), weights.project.flatten(1).t())
+    return x
