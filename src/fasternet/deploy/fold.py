@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +29,17 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> nn.Module:
         A new model in evaluation mode that computes the same function, up to rounding.
     """
     model = copy.deepcopy(model).eval()
-    names = {module: name for name, module in model.named_modules()}
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
     for layer, norm in _observe_pairs(model, example):
         fuse: Callable[[Any, Any], nn.Module] = (
             fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         )
-        model.set_submodule(names[layer], fuse(layer, norm))
-        model.set_submodule(names[norm], _rest_of(norm))
-    return model
+        for module, replacement in ((layer, fuse(layer, norm)), (norm, _rest_of(norm))):
+            for name in names[module]:
+                model.set_submodule(name, replacement)
+    return model.eval()
 
 
 def _observe_pairs(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, nn.Module]]:
@@ -45,22 +48,27 @@ def _observe_pairs(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, n
     pairs: list[tuple[nn.Module, nn.Module, int]] = []
     calls: Counter[nn.Module] = Counter()
 
-    def observe(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[module] += 1
+        x = args[0] if args else kwargs["input"]
         if isinstance(module, _FOLDABLE):
             made[id(output)] = (module, output)
-        elif id(inputs[0]) in made and module.track_running_stats:
-            pairs.append((made[id(inputs[0])][0], module, id(inputs[0])))
+        elif id(x) in made and module.track_running_stats:
+            layer = made[id(x)][0]
+            if x.dim() == 2 or not isinstance(layer, nn.Linear):  # of (N, L, features) a norm takes another dimension
+                pairs.append((layer, module, id(x)))
 
-    hooks = [m.register_forward_hook(observe) for m in model.modules() if isinstance(m, _FOLDABLE + _NORMS)]
+    watched = [module for module in model.modules() if isinstance(module, _FOLDABLE + _NORMS)]
+    hooks = [module.register_forward_hook(observe, with_kwargs=True) for module in watched]
     with torch.no_grad(), _CountReads() as counter:
-        model(example)
+        returned = model(example)
     for hook in hooks:
         hook.remove()
+    kept = {id(value) for value in torch.utils._pytree.tree_leaves(returned)}
     return [
         (layer, norm)
         for layer, norm, tensor in pairs
-        if counter.reads[tensor] == 1 and calls[layer] == calls[norm] == 1
+        if counter.reads[tensor] == 1 and calls[layer] == calls[norm] == 1 and tensor not in kept
     ]
 
 
