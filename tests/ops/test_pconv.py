@@ -185,10 +185,9 @@ def test_pconv2d_module_positions_convolve_what_they_say():
 
 
 def test_select_impl_gives_reasons():
-    x, weight = draw(SHAPES[0])
-    assert select_impl(x, weight).impl == "slicing"
-    assert select_impl(x.requires_grad_(), weight).impl == "split_cat"
-    assert select_impl(x, weight, "slicing").reason == "asked for"
+    assert select_impl().impl == "split_cat"
+    assert "slicing was never faster" in select_impl().reason
+    assert select_impl("slicing").reason == "asked for"
 
 
 @pytest.mark.parametrize("impl", ["auto", *list_impls()])

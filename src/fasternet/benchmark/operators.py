@@ -129,7 +129,7 @@ def _prepare(name: str, condition: dict[str, Any], seed: int) -> Candidate | Rec
             x = x.to(memory_format=MEMORY_FORMATS[condition["memory_format"]])
             fault = find_fault(stack(x), expected)
             if operator == PCONV and impl != "in_place":
-                impl = select_impl(x, next(stack.parameters()), impl or "auto").impl
+                impl = select_impl(impl or "auto").impl
     except Exception as error:
         fault = describe_failure(error)
     if fault:
