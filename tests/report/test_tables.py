@@ -153,6 +153,19 @@ def test_summary_tells_training_differences_and_speed(
     assert "FasterNet-T1 takes" not in summary
 
 
+def test_summary_adds_up_the_differences_of_optimising_alone(example: ModuleType, render: Callable[..., str]) -> None:
+    def make(subject: str, baseline: str, changed: int, difference: float) -> Record:
+        values = {"max_relative_difference": difference, "changed_predictions": changed, "num_images": 10}
+        return example.make("deploy", "difference", subject, condition={"baseline": baseline}, values=values)
+
+    page = render(
+        [make("t0:optimized", "t0", 1, 2e-7), make("t1:optimized", "t1", 2, 3e-7), make("t0", "timm", 7, 1.0)]
+    )
+    summary = unescape(re.sub(r"<[^>]*>", "", page.split('id="section-exactness"')[0]))
+    assert "3 of 20predictions changed by optimising t0, t1; largest relative difference 3.0 × 10−7" in summary
+    assert summary.count("predictions changed") == 1
+
+
 def test_resumed_epochs_count_once(example: ModuleType, render: Callable[..., str]) -> None:
     records = example.make_run(epochs=5)
     page = render([*records[:4], *records[3:]])

@@ -71,17 +71,19 @@ def _tell_training(source: Source) -> list[Html]:
 
 
 def _tell_differences(sources: Sequence[Source]) -> list[Html]:
-    """Tell how many predictions optimising changed."""
-    facts = []
-    for name, record in newest(select(sources, "difference"), lambda record: record.subject).items():
-        changed, pictures = number(record, "changed_predictions"), number(record, "num_images")
-        if changed is None or pictures is None:
-            continue
-        largest = number(record, "max_relative_difference")
-        rest = None if largest is None else join(["; largest relative difference ", power_of_ten(largest)])
-        network = tag("strong", name.partition(":")[0])
-        facts.append(_fact(f"{changed:,.0f} of {pictures:,.0f}", "predictions changed by optimising ", network, rest))
-    return facts
+    """Tell how many predictions optimising changed, of all networks together."""
+    latest = newest(select(sources, "difference"), lambda record: record.subject).values()
+    own = [record for record in latest if record.subject.partition(":")[0] == record.condition.get("baseline")]
+    told = [
+        record for record in own if None not in (number(record, "changed_predictions"), number(record, "num_images"))
+    ]
+    if not told:
+        return []
+    changed, pictures = (sum(number(r, name) or 0 for r in told) for name in ("changed_predictions", "num_images"))
+    differences = [value for record in told if (value := number(record, "max_relative_difference")) is not None]
+    rest = join(["; largest relative difference ", power_of_ten(max(differences))]) if differences else None
+    names = tag("strong", ", ".join(str(record.condition["baseline"]) for record in told))
+    return [_fact(f"{changed:,.0f} of {pictures:,.0f}", "predictions changed by optimising ", names, rest)]
 
 
 def _tell_flops(sources: Sequence[Source]) -> list[Html]:
