@@ -71,7 +71,9 @@ def measure_deploy(
     settings = choose_settings(device, quick=quick, seed=seed, track=track)
     shared = {"input_size": input_size, "batch_size": batch_size, "threads": threads, "device": device}
     condition = {**shared, "precision": "fp32", "engine": "eager"}
-    models = [(name, create_model(name).eval()) for name in networks]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models = [(name, create_model(name).eval()) for name in networks]
     with set_threads(threads) as moment:
         peaks = measure_peaks(device=device, num_blocks=settings["num_blocks"] // 4)
         yield from create_peak_records("deploy", peaks, {"threads": threads, "device": device})
