@@ -13,9 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fasternet.cli import app
+from fasternet.cli.train import _stop_between_steps
 from fasternet.models.checkpoint import Preprocessing, save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.records import load_records
+from fasternet.train.loop import Progress
 from fasternet.train.recipes import load_recipe
 
 QUICK = ("--device", "cpu", "--set", "precision=fp32", "--batch-size", "8", "--input-size", "32")
@@ -106,6 +108,19 @@ def test_train_stopped_by_ctrl_c_says_how_to_resume(
         assert str(result.exception) == f"stopped; go on with: {command}"
     else:
         assert str(result.exception) == "stopped before the first epoch began"
+
+
+def test_interrupt_waits_for_the_next_report_and_a_second_one_does_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    state = Progress(1, 1, 1, 1, 0.0)
+    with _stop_between_steps(lambda _: None) as watch:
+        watch(state)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            watch(state)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,8 +53,8 @@ def train(
     folder = output or _default_output(name, data)
     chosen = _choose_recipe(recipe, changes, data, folder if resume else None)
     try:
-        with show_progress() as progress:
-            loop.train(name, data, folder, recipe=chosen, resume=resume, device=device, progress=progress)
+        with show_progress() as progress, _stop_between_steps(progress) as watched:
+            loop.train(name, data, folder, recipe=chosen, resume=resume, device=device, progress=watched)
     except KeyboardInterrupt:
         raise InterruptedError(_explain_interrupt(name, data, folder)) from None
     _print_result(folder)
@@ -85,6 +86,31 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
                 bar.console.print(_describe_epoch(state), highlight=False)
 
         yield update
+
+
+@contextlib.contextmanager
+def _stop_between_steps(progress: Callable[[Progress], None]) -> Iterator[Callable[[Progress], None]]:
+    """Let Ctrl-C wait for the next report of progress, where nothing is half done; a second one does not wait.
+
+    An interrupt in the middle of starting a loader's processes is lost in Python, and the processes die of it.
+    """
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    def watch(state: Progress) -> None:
+        progress(state)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _describe_epoch(state: Progress) -> str:
