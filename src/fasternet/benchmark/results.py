@@ -20,7 +20,7 @@ SANE_SCALE = (1e-4, 1e4)
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-NUM_BLOCKS, NUM_QUICK_BLOCKS = 64, 16
+NUM_BLOCKS, NUM_QUICK_BLOCKS = 64, 32
 
 
 @dataclass(frozen=True)

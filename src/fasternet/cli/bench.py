@@ -19,7 +19,7 @@ bench = typer.Typer(help="Measure on this machine, beside the paper's numbers.",
 BatchSize = Annotated[int, typer.Option(help="Pictures per call: 1 for latency, 32 for throughput.", min=1)]
 Threads = Annotated[int, typer.Option(help="Threads on the CPU.", min=1)]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A first answer in about a minute.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A first answer: fewer blocks, fewer networks.")]
 Out = Annotated[Path | None, typer.Option(help="Records file. [default: results/<machine>/<date>-<suite>.jsonl]")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as one JSON document.")]
 
