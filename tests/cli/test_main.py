@@ -8,7 +8,13 @@ from typer.testing import CliRunner
 
 from fasternet import cli
 
-COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "bench", "convert", "report", "env")
+COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "convert", "push", "report", "env")
+GROUPS = {
+    "bench": ("operators", "networks", "deploy"),
+    "data": ("check", "pack"),
+    "reproduce": ("list", "table6"),
+    "results": ("merge",),
+}
 
 
 def run(*arguments):
@@ -21,13 +27,11 @@ def test_help_lists_every_command_without_torch():
     code += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
-    for command in COMMANDS:
+    for command in (*COMMANDS, *GROUPS):
         assert f"  {command}" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c != "bench"] + ["bench operators", "bench networks", "bench deploy"]
-)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{group} {name}" for group in GROUPS for name in GROUPS[group])])
 def test_help_ends_with_an_invocation(command):
     result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert result.exit_code == 0

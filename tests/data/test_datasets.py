@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fasternet.data.datasets import create_dataset, create_datasets, create_validation_dataset
-from fasternet.data.images import ImageError
+from fasternet.data.images import ImageError, decode_image
 
 
 def create_tree(root: Path, **num_images: int) -> Path:
@@ -92,6 +92,28 @@ def test_dataset_survives_pickling_and_applies_its_transform(tmp_path: Path) -> 
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[1][0].shape == (5, 6, 3)
     assert copy.load(1).size == (6, 5)
+
+
+def test_read_gives_the_bytes_of_the_file_and_a_png_of_a_digit(tmp_path: Path) -> None:
+    dataset = create_dataset(create_tree(tmp_path, a=1, b=1))
+    assert dataset.read(1) == (tmp_path / "b/0.png").read_bytes()
+    digits = create_datasets("digits").validation.select([5, 3])
+    assert np.array_equal(decode_image(digits.read(1), "digit"), digits.load(1))
+
+
+def test_selected_pictures_keep_names_and_labels_but_no_transform(tmp_path: Path) -> None:
+    dataset = create_dataset(create_tree(tmp_path, a=2, b=2))
+    dataset.transform = np.asarray
+    chosen = dataset.select([3, 0])
+    assert list_samples(chosen) == [("b/1.png", 1), ("a/0.png", 0)]
+    assert chosen[0][0].getpixel((0, 0)) == (1, 1, 0)
+    assert (dataset.transform, chosen.class_names) == (np.asarray, ("a", "b"))
+
+
+def test_bytes_that_are_no_picture_are_named() -> None:
+    for content, reason in ((b"", "the file is empty"), (b"text", "it is no picture of a known format")):
+        with pytest.raises(ImageError, match=f"^cannot read shard/x: {reason}$"):
+            decode_image(content, "shard/x")
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:

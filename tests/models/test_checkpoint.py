@@ -10,6 +10,7 @@ import timm
 import torch
 
 from fasternet.models import VARIANTS, Preprocessing, create_model, load_checkpoint, save_checkpoint
+from fasternet.rivals import create_network, save_network
 
 NAMES = ("ant", "bee", "cat", "dog", "Käfer")
 
@@ -59,7 +60,37 @@ def test_folder_keeps_the_function_and_all_else(tmp_path, tiny, randomise, field
     assert found.preprocessing == preprocessing
     assert (found.name, found.class_names) == ("fasternet_t0", names)
     assert not found.model.training
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_facts_travel_with_the_model_and_the_licence_is_the_users(tmp_path, model):
+    facts = {"recipe": {"epochs": 2, "lr": 0.1}, "metrics": {"top1": 71.25}, "license": "cc-by-4.0"}
+    save_checkpoint(tmp_path / "a", model, name="fasternet_t0", class_names=NAMES, facts=facts)
+    found = load_checkpoint(tmp_path / "a").facts
+    assert {key: found[key] for key in facts} == facts
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert set(found) == {*facts, "versions"}
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: timm\npipeline_tag: image-classification\n")
+    assert "An image classifier of 5 classes for pictures of 224 x 224 pixels.\n" in card
+    save_checkpoint(tmp_path / "b", model, name="fasternet_t0")
+    assert load_checkpoint(tmp_path / "b").facts["license"] is None
+    assert "license" not in (tmp_path / "b" / "README.md").read_text()
+    for value in (float("nan"), object()):
+        with pytest.raises(ValueError, match="facts must be plain data"):
+            save_checkpoint(tmp_path / "c", model, name="fasternet_t0", facts={"metrics": value})
+    assert not (tmp_path / "c").exists()
+
+
+def test_folder_of_a_rival_is_no_fasternet(tmp_path):
+    network = create_network("ShuffleNetV2 x1.5", num_classes=2)
+    save_network(tmp_path, network, name="ShuffleNetV2 x1.5")
+    with pytest.raises(ValueError, match=r"holds a ShuffleNetV2 x1\.5, which is no FasterNet$"):
+        load_checkpoint(tmp_path)
 
 
 def test_preprocessing_defaults_to_the_papers_evaluation(model, tmp_path):
@@ -202,5 +233,5 @@ def test_saving_again_replaces_the_folder(folder, model, randomise):
     found = load_checkpoint(folder)
     assert torch.equal(logits(found.model), logits(model))
     assert found.class_names is None
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}

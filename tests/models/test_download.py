@@ -1,7 +1,10 @@
 """download: by URL with resume, and from the hub, against a server on this machine."""
 
+import concurrent.futures
 import hashlib
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -76,6 +79,36 @@ def test_download_with_another_hash_is_deleted(url, tmp_path):
         download_url(url, sha256="0" * 64, folder=tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_many_that_want_the_same_file_fetch_it_once(server, url, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: download_url(url, sha256=SHA256, folder=tmp_path), range(8)))
+    assert set(paths) == {tmp_path / "weights.pth"}
+    assert paths[0].read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [paths[0]]
+    assert len(server.requests) == 1
+
+
+def test_process_that_holds_the_part_is_waited_for(server, url, tmp_path):
+    """Another process is in the middle of the download; what it has written is not written twice."""
+    part = tmp_path / "weights.pth.part"
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)"
+    )
+    code += "; time.sleep(0.5); f.write(bytes(range(256)) * 20); f.flush()"
+    with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert download_url(url, sha256=SHA256, folder=tmp_path).read_bytes() == CONTENT
+    assert [asked for _, _, asked in server.requests] == ["bytes=5120-"]
+
+
+def test_bar_is_shown_on_a_terminal_alone(url, tmp_path, monkeypatch, capsys):
+    download_url(url, folder=tmp_path / "a")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
+    download_url(url, folder=tmp_path / "b")
+    assert "weights.pth" in capsys.readouterr().err
 
 
 def test_download_of_an_absent_file_says_so(server, tmp_path):

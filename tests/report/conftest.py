@@ -111,15 +111,51 @@ def make_run(epochs: int = 15, pictures: int = 24) -> list[Record]:
         losses = {"train_loss": 0.6 + 1.7 * rest, "validation_loss": 0.1 + 2 * rest}
         values = accuracies | losses | {"lr": 0.002 * rest, "images_per_second": 800.0, "seconds": 1.8}
         records.append(make("train", "epoch", "fasternet_t0", command, condition={"epoch": epoch}, values=values))
-    classes = [{"name": str(digit), "num_images": 36, "top1": 100 - digit / 3} for digit in range(10)]
-    values = {"top1": 99.17, "top5": 100.0, "loss": 0.0712, "num_images": 360, "per_class": classes}
-    records.append(make("train", "evaluation", "fasternet_t0", command, values=values))
+    records.append(make("train", "evaluation", "fasternet_t0", command, values=make_evaluation()))
     for index in range(pictures):
         label, truth = str(index % 10), "3" if index == 8 else str(index % 10)
-        values = {"label": label, "probability": 0.98, "top": [[label, 0.98]], "truth": truth}
+        values = {"label": label, "probability": 0.98, "top": [[label, 0.98]], "truth": truth, "role": "lot"}
         attached = {"picture": f"pictures/{index:02}.png"}
         records.append(make("train", "prediction", f"digit {index}", command, values=values, attachments=attached))
     return records
+
+
+def make_evaluation() -> dict[str, Any]:
+    """Ten digits of 36 pictures; two times 3 was taken for 8, once 8 for 3."""
+    classes = [{"name": str(digit), "num_images": 36, "top1": 100 - digit / 3} for digit in range(10)]
+    confusion = [[36 * (row == column) for column in range(10)] for row in range(10)]
+    for truth, label, count in ((3, 8, 2), (8, 3, 1)):
+        confusion[truth][truth] -= count
+        confusion[truth][label] += count
+    calibration = [*([0, None, None] for _ in range(13)), [60, 0.9, 0.95], [300, 0.99, 1.0]]
+    return {
+        "top1": 99.17, "top5": 100.0, "loss": 0.0712, "num_images": 360, "per_class": classes, "ece": 0.0167,
+        "calibration": calibration, "confusion": confusion,
+    }  # fmt: skip
+
+
+def make_learning(
+    subject: str = "fasternet_t0", data: str = "flowers", seed: int = 0, top1: float = 72.0, **condition: Any
+) -> list[Record]:
+    """A short run of one seed: its record, four epochs, its evaluation."""
+    recipe = {"data": data, "epochs": 4, "lr": 0.001, "seed": seed, "num_workers": seed} | condition
+    records = [make("train", "run", subject, condition=recipe, values={"num_params": 2_500_000})]
+    for epoch in range(1, 5):
+        values = {"train_loss": 1 / epoch, "top1": top1 - 4 + epoch, "images_per_second": 100.0 * (seed + 1) + epoch}
+        records.append(make("train", "epoch", subject, condition={"epoch": epoch}, values=values))
+    return [*records, make("train", "evaluation", subject, values={"top1": top1, "num_images": 40})]
+
+
+def make_faults() -> list[Record]:
+    values = {"injected": 24, "recovered": 24, "bitwise_equal": 23, "remark": "at random moments"}
+    return [make("faults", "fault", "SIGKILL", values=values)]
+
+
+def make_training_speed() -> list[Record]:
+    condition = CPU | {"batch_size": 64}
+    speeds = (("t0:data", 100.0), ("t0:step", 160.0), ("t0:both", 200.0), ("plain:both", 210.0))
+    records = [make_latency("training-speed", name, ms, condition, macs=1e8) for name, ms in speeds]
+    return [*records, make_ratio("training-speed", "t0:both", "plain:both", 0.95, condition)]
 
 
 def make_picture(shade: int = 0) -> bytes:

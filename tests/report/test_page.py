@@ -61,14 +61,16 @@ def everything(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     """The page of a run and of every suite."""
     folder = tmp_path_factory.mktemp("everything")
     networks = [*example.make_networks(), *example.make_networks(32)]
-    append_records(folder / "speeds.jsonl", [*networks, *example.make_operators(), *example.make_optimize()])
+    speeds = [*networks, *example.make_operators(), *example.make_optimize(), *example.make_training_speed()]
+    append_records(folder / "speeds.jsonl", [*speeds, *example.make_faults()])
     run = example.write_run(folder / "run")
     return Page(create_report([folder / "speeds.jsonl", run], folder / "report.html"))
 
 
 def test_page_has_all_sections_and_every_anchor_exists(everything: Page) -> None:
     page = everything
-    sections = ["Summary", "Networks", "Operators", "Ratios", "Training", "Exactness", "Costs", "Environment", "Notes"]
+    sections = ["Summary", "Networks", "Operators", "Training speed", "Ratios", "Training", "Faults", "Exactness"]
+    sections += ["Costs", "Environment", "Notes"]
     assert page.texts("h2") == sections
     anchors = page.attributes("id")
     assert len(anchors) == len(set(anchors))
@@ -114,6 +116,11 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
         example.make("train", "run", evil, condition={evil: evil}, values={evil: [evil]}),
         example.make("train", "epoch", evil, condition={"epoch": 1}, values={"train_loss": 1.0, "top1": 3.0}),
         example.make("train", "evaluation", evil, values={"top1": 3.0, "per_class": [{"name": evil, "top1": evil}]}),
+        example.make(
+            "eval", "evaluation", evil, values=example.make_evaluation() | {"per_class": [{"name": evil}] * 10}
+        ),
+        example.make("eval", "evaluation", f"{evil}3", values={"ece": evil, "confusion": [[evil, evil, 3]]}),
+        example.make("faults", "fault", evil, values={"injected": 3, "recovered": 2, "remark": evil}),
         example.make("train", "prediction", evil, values={"label": evil, "truth": f"{evil}2", "probability": evil}),
         example.make("deploy", "difference", evil, values={"changed_predictions": 1, "num_images": 2}),
     ]
@@ -126,7 +133,7 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
 def test_every_figure_tells_machine_versions_date_and_command(everything: Page) -> None:
     figures = re.findall(r"<figure.*?</figure>", everything.text, re.DOTALL)
     measured = [figure for figure in figures if 'id="commands"' not in figure]
-    assert len(measured) == 14
+    assert len(measured) == 17
     for figure in measured:
         assert "Example CPU, 2 cores, 8 GiB" in figure
         assert "2026-01-02, fasternet 0.1.0, torch 2.15.0, commit 0123456789ab" in figure
@@ -140,6 +147,8 @@ def test_every_figure_tells_machine_versions_date_and_command(everything: Page) 
         ("make_operators", ["Summary", "Operators", "Ratios"]),
         ("make_optimize", ["Summary", "Ratios", "Exactness"]),
         ("make_run", ["Summary", "Training"]),
+        ("make_faults", ["Faults"]),
+        ("make_training_speed", ["Summary", "Training speed", "Ratios"]),
     ],
 )
 def test_sections_exist_only_where_records_do(

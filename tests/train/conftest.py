@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasternet.train.recipes import Recipe
+from fasternet.train.recipe import Recipe
 
 
 @pytest.fixture(autouse=True, scope="module")

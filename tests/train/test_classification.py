@@ -1,11 +1,18 @@
+import contextlib
 import dataclasses
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fasternet.models.checkpoint import save_checkpoint
+from fasternet.models.registry import create_model
+from fasternet.records import load_records
+from fasternet.rivals import load_network
 from fasternet.train.classification import create_classification
-from fasternet.train.state import seed_everything
+from fasternet.train.loop import Hooks, train
+from fasternet.train.state import load_state, seed_everything
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
 LOGITS = torch.tensor([[2.0, -1.0], [0.5, 0.0], [-3.0, 1.0], [0.0, 0.25]])
@@ -65,3 +72,94 @@ def test_options_of_the_network_reach_it(create) -> None:
     assert task.model.config.width == 8
     assert task.model.config.num_classes == 2
     assert task.values["num_params"] == sum(parameter.numel() for parameter in task.model.parameters())
+
+
+def test_size_of_pictures_grows_for_the_last_epochs(create) -> None:
+    task = create(train_size=32, input_size=48, full_size_epochs=1, epochs=2)
+    assert [next(iter(task.batches(epoch)))[0].shape[-1] for epoch in (0, 1, 0)] == [32, 48, 32]
+    assert task.preprocessing.input_size == 48
+    assert task.datasets.validation[0][0].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_norm": "sync"}, "batch_norm=sync needs GPUs"),
+        ({"accumulate": 3}, "batch_size=8 must be a multiple of the 3 parts"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(create, fields: dict[str, object], message: str) -> None:
+    if torch.cuda.is_available() and "batch_norm" in fields:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=message):
+        create(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("MobileNetV2", "MobileNetV2"), ("mobilenetv2_100", "MobileNetV2"), ("resnet18", "resnet18")]
+)
+def test_other_networks_train_and_their_checkpoint_is_found(pictures, recipe, tmp_path, name: str, found: str) -> None:
+    fields = {"grad_checkpointing": True, "ema_decay": 0.9, "epochs": 1, "batch_size": 4}
+    output = train(name, str(pictures), tmp_path / "run", recipe=dataclasses.replace(recipe, **fields), device="cpu")
+    checkpoint = load_network(output)
+    assert (checkpoint.name, checkpoint.class_names) == (found, ("bright", "dark"))
+    assert checkpoint.facts["recipe"]["batch_size"] == 4
+    assert set(checkpoint.facts["metrics"]) == {"top1", "top5", "validation_loss"}
+
+
+def test_finetune_starts_from_weights_with_a_fresh_classifier(pictures, recipe, tmp_path, create) -> None:
+    torch.manual_seed(1)
+    source = create_model("fasternet_t0", num_classes=5, **TINY_MODEL)
+    save_checkpoint(tmp_path / "source", source, name="fasternet_t0")
+    device = torch.device("cpu")
+    task = create_classification(
+        "fasternet_t0", str(pictures), recipe=recipe, model_options={}, device=device, checkpoint=tmp_path / "source"
+    )
+    assert torch.equal(task.model.embedding.conv.weight, source.embedding.conv.weight)
+    assert task.model.head.fc.out_features == 2
+
+
+def test_resumed_finetune_does_not_need_its_weights(pictures, recipe, tmp_path) -> None:
+    source = create_model("fasternet_t0", num_classes=5, **TINY_MODEL)
+    save_checkpoint(tmp_path / "source", source, name="fasternet_t0")
+    options = {"recipe": dataclasses.replace(recipe, layer_decay=0.7, freeze=1), "device": "cpu"}
+    options["model_options"] = TINY_MODEL
+    states = []
+    for name, stop_at in (("whole", 99), ("stopped", 3)):
+        seen: list[int] = []
+        hooks = Hooks(progress=seen.append, stop=lambda seen=seen, stop_at=stop_at: len(seen) == stop_at)
+        with contextlib.suppress(InterruptedError):
+            train(
+                "fasternet_t0", str(pictures), tmp_path / name, checkpoint=tmp_path / "source", hooks=hooks, **options
+            )
+        if name == "stopped":
+            shutil.rmtree(tmp_path / "source")
+            train("fasternet_t0", str(pictures), tmp_path / name, resume=True, **options)
+        states.append(load_state(tmp_path / name / "last" / "state.pt")["model"])
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_as_the_eager_one(pictures, recipe, tmp_path) -> None:
+    losses = []
+    for compiled in (False, True):
+        changed = dataclasses.replace(recipe, compile=compiled, epochs=2, ema_decay=0.9, drop_path_rate=0.0)
+        output = tmp_path / str(compiled)
+        train("fasternet_t0", str(pictures), output, recipe=changed, model_options=TINY_MODEL, device="cpu")
+        losses.append([r.values["train_loss"] for r in load_records(output / "log.jsonl") if r.kind == "epoch"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_stop(pictures, recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fasternet.train.loop.select_precision", lambda precision, device: precision)
+    options = {"recipe": dataclasses.replace(recipe, precision="fp16", epochs=2), "device": "cpu"}
+    options["model_options"] = TINY_MODEL
+    whole = train("fasternet_t0", str(pictures), tmp_path / "whole", **options)
+    seen: list[int] = []
+    hooks = Hooks(progress=seen.append, stop=lambda: len(seen) == 1)
+    with pytest.raises(InterruptedError):
+        train("fasternet_t0", str(pictures), tmp_path / "stopped", hooks=hooks, **options)
+    stopped = train("fasternet_t0", str(pictures), tmp_path / "stopped", resume=True, **options)
+    states = [load_state(output / "last" / "state.pt") for output in (whole, stopped)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert states[0]["scaler"]["scale"] >= 1

@@ -13,12 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fasternet.cli import app
-from fasternet.cli.train import _stop_between_steps
-from fasternet.models.checkpoint import Preprocessing, save_checkpoint
+from fasternet.models.checkpoint import Preprocessing, load_checkpoint, save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.records import load_records
-from fasternet.train.loop import Progress
-from fasternet.train.recipes import load_recipe
+from fasternet.train.recipe import load_recipe
+from fasternet.train.recipes import RECIPES
 
 QUICK = ("--device", "cpu", "--set", "precision=fp32", "--batch-size", "8", "--input-size", "32")
 
@@ -69,10 +68,13 @@ def test_train_resumes_without_repeating_the_recipe(trained: tuple[Path, Result]
     ("arguments", "message"),
     [
         (("--set", "batchsize=3"), "did you mean batch_size"),
-        (("--recipe", "large"), "'large' is not one of small, digits"),
+        (("--recipe", "large"), "'large' is not one of paper, small, finetune, digits"),
         (("--epochs", "0"), "epochs=0 must be at least 1"),
         (("--device", "tpu"), "device 'tpu' must be cpu, cuda"),
         (("--resume",), "no run to resume"),
+        (("--recipe", "paper", "--set", "accumulate=3"), "batch_size=4096 must be a multiple of the 3 parts"),
+        (("--watch", "aim"), "watcher 'aim' is not one of tensorboard, wandb"),
+        (("--checkpoint", "nowhere"), "nowhere"),
     ],
 )
 def test_train_refuses_wrong_options(pictures: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -84,6 +86,22 @@ def test_train_refuses_wrong_options(pictures: Path, tmp_path: Path, arguments: 
 
 def test_train_resume_needs_an_output(pictures: Path) -> None:
     result = run("train", "fasternet_t0", "--data", pictures, "--resume")
+    assert result.exit_code == 2
+    assert "--output" in result.stderr
+
+
+def test_train_from_weights_takes_the_recipe_for_it(small: Path, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = ("--checkpoint", small, "--epochs", 1, *QUICK)
+    result = run("train", "fasternet_t0", "--data", pictures, "--output", output, *options)
+    assert result.exit_code == 0, result.output
+    assert load_recipe(output / "recipe.yaml").layer_decay == RECIPES["finetune"].layer_decay
+    assert load_checkpoint(output).model.config.width == 8
+
+
+def test_train_needs_a_shared_output_under_torchrun(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    result = run("train", "fasternet_t0", "--data", pictures)
     assert result.exit_code == 2
     assert "--output" in result.stderr
 
@@ -105,22 +123,9 @@ def test_train_stopped_by_ctrl_c_says_how_to_resume(
     assert isinstance(result.exception, OSError)
     if begun:
         command = f"fasternet train fasternet_t0 --data digits --output '{output}' --resume"
-        assert str(result.exception) == f"stopped; go on with: {command}"
+        assert str(result.exception) == f"stopped at once; go on from the last state with: {command}"
     else:
         assert str(result.exception) == "stopped before the first epoch began"
-
-
-def test_interrupt_waits_for_the_next_report_and_a_second_one_does_not() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    state = Progress(1, 1, 1, 1, 0.0)
-    with _stop_between_steps(lambda _: None) as watch:
-        watch(state)
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            watch(state)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
@@ -138,7 +143,8 @@ def test_train_in_a_process_is_stopped_and_resumed(pictures: Path, tmp_path: Pat
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("error: stopped; go on with: fasternet train")
+    assert stderr.splitlines()[-1].startswith("error: stopped in epoch ")
+    assert "the state is saved; go on with: fasternet train" in stderr.splitlines()[-1]
     words = shlex.split(stderr.splitlines()[-1].partition("with: fasternet ")[2])
     resumed = subprocess.run([*command[:3], *words, "--device", "cpu"], **pipes, env=environment, timeout=120)
     assert resumed.returncode == 0, resumed.stderr

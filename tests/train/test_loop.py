@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import resource
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from PIL import Image
 from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
 from fasternet.train import loop
+from fasternet.train import run as run_folder
 from fasternet.train.classification import Classification
-from fasternet.train.loop import Progress, fit, train
-from fasternet.train.recipes import load_recipe
+from fasternet.train.loop import Hooks, Progress, fit, train
+from fasternet.train.recipe import load_recipe
 from fasternet.train.state import load_state
 from fasternet.train.task import Task
 
@@ -25,7 +27,11 @@ def run(pictures, recipe):
     def start(output: Path, *, data: Path = pictures, model: str = "fasternet_t0", **options) -> Path:
         names = {field.name for field in dataclasses.fields(recipe)}
         fields = {name: options.pop(name) for name in names & set(options)}
+        hooks = Hooks(
+            **{name: options.pop(name) for name in {f.name for f in dataclasses.fields(Hooks)} & set(options)}
+        )
         arguments = {"recipe": dataclasses.replace(recipe, **fields), "model_options": TINY_MODEL, "device": "cpu"}
+        arguments["hooks"] = hooks
         return train(model, str(data), output, **{**arguments, **options})
 
     return start
@@ -71,7 +77,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_train_fills_the_run_folder(uninterrupted: Path, recipe) -> None:
     records = load_records(uninterrupted / "log.jsonl")
-    assert [r.kind for r in records] == ["run", "epoch", "epoch", "epoch", "evaluation"] + 4 * ["prediction"]
+    num_mistakes = round(4 - 4 * records[4].values["top1"] / 100)
+    kinds = ["run", "epoch", "epoch", "epoch", "evaluation"] + (num_mistakes + 4) * ["prediction"]
+    assert [r.kind for r in records] == kinds
     assert {r.suite for r in records} == {"train"}
     assert records[0].subject == "fasternet_t0"
     assert records[0].condition["data"] == "brightness"
@@ -90,9 +98,13 @@ def test_train_fills_the_run_folder(uninterrupted: Path, recipe) -> None:
         assert checkpoint.preprocessing.input_size == recipe.input_size
 
 
-def test_train_ends_with_a_sheet_of_predictions(uninterrupted: Path) -> None:
+def test_train_ends_with_sheets_of_predictions(uninterrupted: Path) -> None:
     records = [r for r in load_records(uninterrupted / "log.jsonl") if r.kind == "prediction"]
-    assert len({r.subject for r in records}) == 4
+    lot = [r for r in records if r.values["role"] == "lot"]
+    assert len({r.subject for r in lot}) == len(lot) == 4
+    mistakes = [r for r in records if r.values["role"] == "mistake"]
+    assert {r.subject for r in mistakes} == {r.subject for r in lot if r.values["label"] != r.values["truth"]}
+    assert [r.values["loss"] for r in mistakes] == sorted((r.values["loss"] for r in mistakes), reverse=True)
     for record in records:
         assert record.subject.split("/")[0] == record.values["truth"]
         assert record.values["top"][0] == [record.values["label"], record.values["probability"]]
@@ -140,7 +152,7 @@ def test_train_stopped_and_resumed_equals_uninterrupted_bitwise(
 def test_train_stopped_while_it_saves_and_resumed_equals_uninterrupted(
     run, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    output, original, calls = tmp_path / "run", getattr(loop, name), []
+    output, original, calls = tmp_path / "run", getattr(run_folder, name), []
 
     def stop_at_third_call(path: Path, content: object) -> None:
         calls.append(path)
@@ -149,7 +161,7 @@ def test_train_stopped_while_it_saves_and_resumed_equals_uninterrupted(
         original(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, stop_at_third_call)
+        patch.setattr(run_folder, name, stop_at_third_call)
         with pytest.raises(KeyboardInterrupt):
             run(output)
     run(output, resume=True)
@@ -228,13 +240,29 @@ def test_train_resumes_only_as_it_was_started(
     assert (uninterrupted / "log.jsonl").read_bytes() == before
 
 
-def test_train_says_when_the_state_is_damaged(run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_train_goes_on_from_the_state_before_a_damaged_one(
+    run, uninterrupted: Path, tmp_path: Path, damage: str
+) -> None:
+    output, said = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        run(output, progress=stop_at(3, 1))
+    state = output / "last" / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content[:5000] if damage == "truncated" else content)
+    run(output, resume=True, say=said.append)
+    assert sum("state.pt is damaged" in sentence for sentence in said) == 1
+    assert_same_run(output, uninterrupted)
+
+
+def test_train_says_when_both_states_are_damaged(run, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(output, progress=stop_at(2, 1))
-    state = output / "last" / "state.pt"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+    for state in (output / "last").glob("*.pt"):
+        state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"state-before\.pt is damaged"):
         run(output, resume=True)
 
 
@@ -249,8 +277,9 @@ def test_train_stops_at_a_loss_that_is_not_finite(
 
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "loss", diverge_at_fourth_step)
-        with pytest.raises(ValueError, match="became nan in step 2 of epoch 2") as error:
+        with pytest.raises(ValueError, match=r"became nan in step 2 of epoch 2 at rate 0\.001.*, pictures ") as error:
             run(output)
+    assert len(re.findall(r"(dark|bright)/\d\d\.png", str(error.value))) == 8
     assert "lr=0.0005" in str(error.value)
     assert "last checkpoint is that of epoch 1" in str(error.value)
     assert load_state(output / "last" / "state.pt")["epoch"] == 1
@@ -273,21 +302,31 @@ def test_train_keeps_the_last_checkpoint_when_the_disk_is_full(run, uninterrupte
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
-    assert {path.name for path in (output / "last").iterdir()} == {"config.json", "model.safetensors", "state.pt"}
+    files = {"README.md", "config.json", "model.safetensors", "state.pt", "state-before.pt"}
+    assert {path.name for path in (output / "last").iterdir()} == files
     load_checkpoint(output / "last")
     run(output, resume=True)
     assert_same_run(output, uninterrupted)
 
 
-def test_train_names_a_picture_that_cannot_be_read(run, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / "data" / name).mkdir(parents=True)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_train_names_a_picture_that_cannot_be_read(run, tmp_path: Path, split: str) -> None:
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{number}.png")
-    bad = tmp_path / "data" / "a" / "broken.png"
-    bad.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        run(tmp_path / "run", data=tmp_path / "data")
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / folder / f"{number}.png")
+    (tmp_path / "data" / split / "a" / "broken.png").write_bytes(b"no picture")
+    said: list[str] = []
+    if split == "val":  # nobody may believe that all pictures were evaluated
+        with pytest.raises(ValueError, match=r"broken\.png"):
+            run(tmp_path / "run", data=tmp_path / "data")
+        return
+    output = run(tmp_path / "run", data=tmp_path / "data", say=said.append)
+    assert sum("broken.png" in sentence and "(1 of 10)" in sentence for sentence in said) == 1
+    epochs = [r.values for r in load_records(output / "log.jsonl") if r.kind == "epoch"]
+    assert all("broken.png" in values["unreadable"][0] for values in epochs)
+    with pytest.raises(ValueError, match=r"more than max_unreadable=0; the last: .*broken"):
+        run(tmp_path / "strict", data=tmp_path / "data", max_unreadable=0)
 
 
 def test_train_takes_fewer_pictures_than_a_batch_and_an_odd_number(run, tmp_path: Path) -> None:
@@ -302,9 +341,9 @@ def test_train_takes_fewer_pictures_than_a_batch_and_an_odd_number(run, tmp_path
 class Regression(Task):
     """Fit a line: batches of another form, another loss, another metric."""
 
-    def batches(self, epoch):
+    def batches(self, epoch, start=0):
         points = torch.linspace(-1, 1, 8)[:, None]
-        return [(points[start::2], {"target": 3 * points[start::2]}) for start in (0, 1)]
+        return iter([(points[i::2], {"target": 3 * points[i::2]}) for i in (0, 1)][start:])
 
     def loss(self, model, batch):
         return (model(batch[0]) - batch[1]["target"]).square().mean()
@@ -312,7 +351,7 @@ class Regression(Task):
     def evaluate(self, model):
         return {"accuracy": -abs(model.weight.item() - 3)}
 
-    def save(self, folder, model):
+    def save(self, folder, model, values):
         folder.mkdir(exist_ok=True)
         torch.save(model.state_dict(), folder / "weights.pt")
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from fasternet.train.optim import compute_lr, create_optimizer
+from fasternet.models.registry import create_model
+from fasternet.train.optim import compute_lr, create_optimizer, freeze_stages, set_lr, set_training
 from fasternet.train.recipes import RECIPES
 
 
@@ -59,3 +60,51 @@ def test_create_optimizer_decays_everything_that_is_trained() -> None:
     for name, parameter in model.named_parameters():
         factor = 1.0 if name == "0.weight" else 1 - 0.1 * 0.5
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+@pytest.fixture
+def network():
+    return create_model("fasternet_t0", width=8, depths=(1, 1, 2, 1), head_width=16, num_classes=3)
+
+
+def test_layer_decay_lowers_the_rate_from_layer_to_layer(network) -> None:
+    recipe = dataclasses.replace(RECIPES["small"], layer_decay=0.5)
+    optimizer = create_optimizer(network, recipe)
+    set_lr(optimizer, 1.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(network.parameters()))
+    layers = [network.head, network.stages[3].blocks[0], network.stages[3].merging, network.stages[2].blocks[1]]
+    layers += [network.stages[2].blocks[0], network.stages[2].merging, network.stages[1].blocks[0]]
+    layers += [network.stages[1].merging, network.stages[0].blocks[0], network.embedding]
+    for distance, layer in enumerate(layers):
+        assert {rates[id(parameter)] for parameter in layer.parameters()} == {0.5**distance}
+
+
+def test_frozen_stages_are_not_trained_and_keep_their_statistics(network) -> None:
+    recipe = dataclasses.replace(RECIPES["small"], freeze=2, layer_decay=0.9)
+    freeze_stages(network, recipe.freeze)
+    optimizer = create_optimizer(network, recipe)
+    set_training(network, recipe)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    frozen = {name for name in before if name.startswith(("embedding.", "stages.0.", "stages.1."))}
+    assert not moved & frozen
+    assert moved == set(before) - frozen
+
+
+def test_frozen_batch_norm_keeps_its_statistics(network) -> None:
+    set_training(network, dataclasses.replace(RECIPES["small"], batch_norm="frozen"))
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    network(torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert network.stages[0].blocks[0].drop_path.training
+
+
+@pytest.mark.parametrize(("field", "value"), [("freeze", 1), ("layer_decay", 0.9)])
+def test_layers_of_other_networks_are_not_known(field: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    recipe = dataclasses.replace(RECIPES["small"], **{field: value})
+    with pytest.raises(ValueError, match=f"recipe field {field}.* needs a FasterNet"):
+        freeze_stages(model, value) if field == "freeze" else create_optimizer(model, recipe)

@@ -2,7 +2,10 @@ import dataclasses
 
 import pytest
 
-from fasternet.train.recipes import RECIPES, Recipe, find_recipe, load_recipe, parse_overrides, save_recipe
+from fasternet.models.fasternet import VARIANTS
+from fasternet.train.optim import compute_lr
+from fasternet.train.recipe import Recipe, load_recipe, parse_overrides, save_recipe
+from fasternet.train.recipes import PAPER_RECIPES, RECIPES, find_recipe
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_parse_overrides_leaves_the_other_fields_alone() -> None:
         ("lr=-1", "lr=-1.0 must be between"),
         ("flip=1", "flip=1 must be true or false"),
         ("clip_grad=no", "clip_grad=no must be none or a number"),
-        ("precision=fp16", "precision=fp16 must be auto or fp32 or bf16"),
+        ("precision=fp8", "precision=fp8 must be auto or fp32 or bf16 or fp16"),
         ("random_resized_crop=0.5", "must be two numbers"),
         ("random_resized_crop=0.5,0.2", "must rise within"),
         ("label_smoothing=1", "label_smoothing=1.0 must be between 0.0 and 0.99"),
@@ -67,14 +70,38 @@ def test_recipe_refuses_to_mix_an_odd_batch() -> None:
 
 
 def test_find_recipe_names_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'big' is not one of small, digits"):
+    with pytest.raises(ValueError, match="'big' is not one of paper, small, finetune, digits"):
         find_recipe("big")
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_file_returns_the_same_recipe(name: str, tmp_path) -> None:
-    save_recipe(tmp_path / "recipe.yaml", RECIPES[name])
-    assert load_recipe(tmp_path / "recipe.yaml") == RECIPES[name]
+def test_find_recipe_has_the_paper_s_for_each_variant_and_for_no_other_network() -> None:
+    assert [find_recipe("paper", name) for name in VARIANTS] == list(PAPER_RECIPES.values())
+    for name in ("MobileNetV2", None):
+        with pytest.raises(ValueError, match="recipe 'paper' is for fasternet_t0"):
+            find_recipe("paper", name)
+
+
+def test_rate_follows_the_batch_where_the_recipe_says_for_which_it_is_meant() -> None:
+    recipe = parse_overrides(PAPER_RECIPES["fasternet_t0"], ["batch_size=512"])
+    assert recipe.effective_lr == pytest.approx(0.0005)
+    assert compute_lr(recipe, 20) == pytest.approx(0.0005)
+    assert parse_overrides(RECIPES["small"], ["batch_size=512"]).effective_lr == RECIPES["small"].lr
+
+
+def test_size_of_training_pictures_changes_for_the_last_epochs() -> None:
+    recipe = PAPER_RECIPES["fasternet_l"]
+    assert [recipe.size_of(epoch) for epoch in (0, 279, 280, 299)] == [192, 192, 224, 224]
+    recipe = parse_overrides(RECIPES["digits"], ["input_size=48"])
+    assert {recipe.size_of(epoch) for epoch in range(recipe.epochs)} == {48}
+
+
+ALL = [*PAPER_RECIPES.values(), *RECIPES.values()]
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=[*PAPER_RECIPES, *RECIPES])
+def test_recipe_file_returns_the_same_recipe(recipe: Recipe, tmp_path) -> None:
+    save_recipe(tmp_path / "recipe.yaml", recipe)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from fasternet.cli import bench, convert, env, evaluate, info, predict, quickstart, report, train
+from fasternet.cli import (
+    bench,
+    convert,
+    data,
+    env,
+    evaluate,
+    info,
+    predict,
+    push,
+    quickstart,
+    report,
+    reproduce,
+    results,
+    train,
+)
 
 app = typer.Typer(
     help="FasterNet: vision backbones that are fast on your own machine.",
@@ -22,9 +36,13 @@ app.command("info")(info.info)
 app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(data.data, name="data")
 app.add_typer(bench.bench, name="bench")
 app.command("convert")(convert.convert)
+app.command("push")(push.push)
 app.command("report")(report.report)
+app.add_typer(reproduce.reproduce, name="reproduce")
+app.add_typer(results.results, name="results")
 app.command("env")(env.env)
 
 

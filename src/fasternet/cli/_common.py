@@ -20,6 +20,11 @@ def shorten_spinning() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks: under ``torchrun`` the first one, else always."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(document: object) -> None:
     """Print one JSON document to standard output."""
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

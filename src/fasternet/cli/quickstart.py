@@ -71,11 +71,11 @@ def _train(run: Path) -> float:
     """Train with the recipe for the digits and return the best checkpoint's top-1."""
     from fasternet.cli.train import show_progress
     from fasternet.records import load_records
-    from fasternet.train.loop import train
+    from fasternet.train.loop import Hooks, train
     from fasternet.train.recipes import find_recipe
 
     with show_progress() as progress:
-        train(MODEL, "digits", run, recipe=find_recipe("digits"), progress=progress)
+        train(MODEL, "digits", run, recipe=find_recipe("digits"), hooks=Hooks(progress=progress))
     return float(next(r.values["top1"] for r in load_records(run / "log.jsonl") if r.kind == "evaluation"))
 
 

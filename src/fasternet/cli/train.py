@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -12,22 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, shorten_spinning
+from fasternet.cli._common import is_main_process, note, shorten_spinning
 
 if TYPE_CHECKING:
     from fasternet.train.loop import Progress
-    from fasternet.train.recipes import Recipe
+    from fasternet.train.recipe import Recipe
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="Network, for example fasternet_t0.")],
-    data: Annotated[
-        str, typer.Option(help="Folder of pictures (train and val, or one folder per class), or digits (built in).")
-    ],
+    name: Annotated[str, typer.Argument(help="Network: fasternet_t0 ..., a rival's name, or one of timm's.")],
+    data: Annotated[str, typer.Option(help="Folder of pictures, folder or address of shards, hf:NAME, or digits.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder. [default: outputs/NAME-DATA-TIME]")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="small or digits. [default: by the data]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="paper, finetune, small or digits. [default: by the data]")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,
@@ -36,28 +35,60 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Short for --set lr=...")] = None,
     input_size: Annotated[int | None, typer.Option(help="Short for --set input_size=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Short for --set compile=true.")] = None,
+    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Short for --set precision=auto, or fp32.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to start from: a model folder, a run folder or a file.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage, of a FasterNet.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, with its recipe.")] = False,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Time between two states within an epoch.")] = 10.0,
+    watchers: Annotated[
+        list[str] | None, typer.Option("--watch", help="tensorboard or wandb; repeatable. log.csv comes always.")
+    ] = None,
 ) -> None:
-    """Train a network on pictures; the last line printed is the run folder.
+    """Train a network on pictures, under torchrun with all its processes; the last line printed is the run folder.
 
     Example: fasternet train fasternet_t0 --data digits
     """
     shorten_spinning()
     from fasternet.train import loop
 
-    if resume and output is None:
-        raise typer.BadParameter("say which run with --output", param_hint="--resume")
+    if output is None and (resume or "RANK" in os.environ):
+        raise typer.BadParameter("say which run with --output", param_hint="--resume" if resume else "torchrun")
     shortcuts = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "input_size": input_size, "seed": seed}
-    changes = [*(changes or []), *(f"{k}={v}" for k, v in shortcuts.items() if v is not None)]
+    precision = None if amp is None else "auto" if amp else "fp32"
+    shortcuts_all = {**shortcuts, "compile": compile, "precision": precision}
+    changes = [*(changes or []), *(f"{k}={str(v).lower()}" for k, v in shortcuts_all.items() if v is not None)]
     folder = output or _default_output(name, data)
-    chosen = _choose_recipe(recipe, changes, data, folder if resume else None)
+    resume = resume or _was_restarted(folder)
+    chosen = _choose_recipe(
+        recipe, changes, name, data, folder if resume else None, checkpoint is not None or pretrained
+    )
     try:
-        with show_progress() as progress, _stop_between_steps(progress) as watched:
-            loop.train(name, data, folder, recipe=chosen, resume=resume, device=device, progress=watched)
+        with show_progress() as progress, stop_between_steps() as stop:
+            loop.train(
+                name,
+                data,
+                folder,
+                recipe=chosen,
+                resume=resume,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                model_options=None if width is None else {"width": width},
+                device=device,
+                hooks=loop.Hooks(
+                    progress=progress, say=note, stop=stop, save_minutes=save_minutes, watchers=watchers or ()
+                ),
+            )
+    except InterruptedError as error:
+        raise InterruptedError(f"{error}; go on with: {_resume_command(name, data, folder, width)}") from None
     except KeyboardInterrupt:
-        raise InterruptedError(_explain_interrupt(name, data, folder)) from None
-    _print_result(folder)
+        raise InterruptedError(_explain_interrupt(name, data, folder, width)) from None
+    if is_main_process():
+        _print_result(folder)
 
 
 @contextlib.contextmanager
@@ -80,7 +111,8 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
 
         def update(state: Progress) -> None:
             done = (state.epoch - 1) * state.num_steps + state.step
-            text = f"epoch {state.epoch}/{state.num_epochs}  loss {state.train_loss:.3f}"
+            speed = f"{state.images_per_second:.0f} images/s"
+            text = f"epoch {state.epoch}/{state.num_epochs}  loss {state.train_loss:.3f}  {speed}"
             bar.update(task, completed=done, total=state.num_epochs * state.num_steps, description=text)
             if state.values:
                 bar.console.print(_describe_epoch(state), highlight=False)
@@ -89,48 +121,60 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
 
 
 @contextlib.contextmanager
-def _stop_between_steps(progress: Callable[[Progress], None]) -> Iterator[Callable[[Progress], None]]:
-    """Let Ctrl-C wait for the next report of progress, where nothing is half done; a second one does not wait.
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Give the ``stop`` hook: Ctrl-C and SIGTERM wait for the next step, save and stop; a second one does not wait.
 
     An interrupt in the middle of starting a loader's processes is lost in Python, and the processes die of it.
     """
     asked = False
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[signal.Signals(number)])
 
-    def watch(state: Progress) -> None:
-        progress(state)
-        if asked:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield watch
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _describe_epoch(state: Progress) -> str:
     values: Mapping[str, Any] = state.values or {}
+    left = (state.num_epochs - state.epoch) * values["seconds"]
     return (
         f"epoch {state.epoch}/{state.num_epochs}  loss {values['train_loss']:.3f}  "
         f"validation loss {values['validation_loss']:.3f}  top-1 {values['top1']:.2f} %  "
-        f"{values['images_per_second']:.0f} images/s"
+        f"{values['images_per_second']:.0f} images/s  {_describe_time(left)} left"
     )
 
 
-def _choose_recipe(name: str | None, changes: list[str], data: str, run: Path | None) -> Recipe:
+def _describe_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _choose_recipe(
+    name: str | None, changes: list[str], model: str, data: str, run: Path | None, from_weights: bool
+) -> Recipe:
     """Return the recipe of the run to resume or, unless one is named, the one that suits the data; then change it."""
-    from fasternet.train import recipes
+    from fasternet.train.recipe import load_recipe, parse_overrides
+    from fasternet.train.recipes import find_recipe
 
     if name is None and run is not None and (run / "recipe.yaml").is_file():
-        recipe = recipes.load_recipe(run / "recipe.yaml")
+        recipe = load_recipe(run / "recipe.yaml")
     else:
-        recipe = recipes.find_recipe(name or ("digits" if data == "digits" else "small"))
-    return recipes.parse_overrides(recipe, changes)
+        by_data = "digits" if data == "digits" else "finetune" if from_weights else "small"
+        recipe = find_recipe(name or by_data, model)
+    return parse_overrides(recipe, changes)
+
+
+def _was_restarted(folder: Path) -> bool:
+    """Whether ``torchrun --max-restarts`` has started this command again: the run in the folder is its own."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "recipe.yaml").is_file()
 
 
 def _default_output(name: str, data: str) -> Path:
@@ -139,11 +183,15 @@ def _default_output(name: str, data: str) -> Path:
     return Path("outputs", f"{name}-{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _explain_interrupt(name: str, data: str, folder: Path) -> str:
+def _explain_interrupt(name: str, data: str, folder: Path, width: int | None) -> str:
     if not (folder / "recipe.yaml").is_file():
         return "stopped before the first epoch began"
-    command = ["fasternet", "train", name, "--data", data, "--output", str(folder), "--resume"]
-    return f"stopped; go on with: {shlex.join(command)}"
+    return f"stopped at once; go on from the last state with: {_resume_command(name, data, folder, width)}"
+
+
+def _resume_command(name: str, data: str, folder: Path, width: int | None) -> str:
+    options = [] if width is None else ["--width", str(width)]
+    return shlex.join(["fasternet", "train", name, "--data", data, *options, "--output", str(folder), "--resume"])
 
 
 def _print_result(folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""Pictures with labels: scikit-learn's handwritten digits, or folders of pictures, one folder per class."""
+"""Pictures with labels: scikit-learn's digits, folders of pictures per class, packed shards, Hugging Face data sets."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -15,8 +17,12 @@ from torch.utils.data import Dataset
 from fasternet.data.images import find_images, load_image
 from fasternet.models.checkpoint import Preprocessing
 
+if TYPE_CHECKING:
+    from fasternet.data.shards import ShardStream
+
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 VALIDATION_SHARE = 0.2
+SHARDS_FILE = "shards.json"
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -37,7 +43,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         labels: Sequence[int],
         class_names: Sequence[str],
         *,
-        images: Sequence[Image.Image] | None = None,
+        images: Sequence[Any] | None = None,
     ) -> None:
         self.root = root
         self.paths = list(paths)
@@ -57,15 +63,23 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """Return a picture as it is, RGB, without the transform."""
         return self._images[index] if self._images else load_image(self.root / self.paths[index])
 
+    def read(self, index: int) -> bytes:
+        """Return the bytes of a picture's file; those of a digit are a PNG."""
+        if not self._images:
+            return (self.root / self.paths[index]).read_bytes()
+        file = io.BytesIO()
+        self._images[index].save(file, "PNG")
+        return file.getvalue()
+
     def select(self, indices: Sequence[int]) -> ImageDataset:
         """Return a data set of these pictures, in this order, with the same classes and no transform."""
-        return ImageDataset(
-            self.root,
-            [self.paths[index] for index in indices],
-            [self.labels[index] for index in indices],
-            self.class_names,
-            images=[self._images[index] for index in indices] if self._images else None,
-        )
+        chosen = copy.copy(self)
+        chosen.paths = [self.paths[index] for index in indices]
+        chosen.labels = [self.labels[index] for index in indices]
+        chosen.transform = None
+        # What a subclass needs to find a picture, for example its place in a file, is its ``_images`` too.
+        chosen._images = [self._images[index] for index in indices] if self._images else None
+        return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +87,13 @@ class Datasets:
     """What a network learns from, and what it is judged by.
 
     Attributes:
-        train: The training pictures.
+        train: The training pictures; of packed shards a stream, which gives them in its own order.
         validation: The validation pictures; none of them is a training picture.
         class_names: The classes of both.
         preprocessing_defaults: Input size and normalisation that suit the pictures.
     """
 
-    train: ImageDataset
+    train: ImageDataset | ShardStream
     validation: ImageDataset
     class_names: tuple[str, ...]
     preprocessing_defaults: Preprocessing
@@ -91,20 +105,32 @@ def create_datasets(data: str | Path, *, seed: int = 0) -> Datasets:
     Args:
         data: ``digits`` (built in; a folder of that name is ``./digits``), or a folder: with ``train`` and
             one of ``val``, ``valid``, ``validation``, ``test`` in it, each a folder of pictures per class; or
-            with the folders of the classes, and then a fifth of each class becomes validation pictures.
+            with the folders of the classes, and then a fifth of each class becomes validation pictures; or
+            of packed shards, also by its ``http(s)://`` address; or ``hf:`` and the name of a Hugging Face
+            data set or the folder it was saved to.
         seed: Decides that split, together with the names of the files; nothing else does.
 
     Raises:
         FileNotFoundError: There is no such folder.
         ValueError: The folder is no such tree; the message names what is wrong and where.
+        OSError: What lies at an address cannot be fetched; a ConnectionError where there is no connection.
+        ModuleNotFoundError: The data set needs a package that is not installed.
     """
     if str(data) == "digits":
-        return _split(_load_digits(), seed, Preprocessing(input_size=32, crop_ratio=1.0))
+        return split_dataset(_load_digits(), seed, Preprocessing(input_size=32, crop_ratio=1.0))
+    if str(data).startswith("hf:"):
+        from fasternet.data.hub import create_hub_datasets
+
+        return create_hub_datasets(str(data).removeprefix("hf:"), seed=seed)
+    if is_sharded(data):
+        from fasternet.data.shards import create_shard_datasets
+
+        return create_shard_datasets(data)
     root = _check_folder(Path(data))
     validation_folder = _find_validation_folder(root)
     has_train = (root / "train").is_dir()
     if not has_train and not validation_folder:
-        return _split(create_dataset(root), seed, Preprocessing())
+        return split_dataset(create_dataset(root), seed, Preprocessing())
     if not has_train or not validation_folder:
         present, absent = ("train", "val") if has_train else ((validation_folder or root).name, "train")
         raise ValueError(
@@ -128,7 +154,8 @@ def create_validation_dataset(data: str | Path, *, seed: int = 0) -> ImageDatase
         FileNotFoundError: There is no such folder.
         ValueError: The folder holds no validation pictures.
     """
-    if str(data) != "digits" and (folder := _find_validation_folder(_check_folder(Path(data)))):
+    is_folder = str(data) != "digits" and not str(data).startswith("hf:") and not is_sharded(data)
+    if is_folder and (folder := _find_validation_folder(_check_folder(Path(data)))):
         return create_dataset(folder)
     return create_datasets(data, seed=seed).validation
 
@@ -154,6 +181,35 @@ def create_dataset(folder: Path) -> ImageDataset:
     return ImageDataset(folder, paths, labels, [path.name for path in folders])
 
 
+def is_sharded(data: str | Path) -> bool:
+    """Tell whether ``data`` is a folder of packed shards, or an address."""
+    return str(data).startswith(("http://", "https://")) or Path(data, SHARDS_FILE).is_file()
+
+
+def split_dataset(dataset: ImageDataset, seed: int, preprocessing: Preprocessing) -> Datasets:
+    """Move a fifth of each class, at least one picture, to the validation pictures.
+
+    Raises:
+        ValueError: A class has one picture only, or none.
+    """
+    members: list[list[int]] = [[] for _ in dataset.class_names]
+    for index, label in enumerate(dataset.labels):
+        members[label].append(index)
+    train, validation = [], []
+    for name, indices in zip(dataset.class_names, members, strict=True):
+        if len(indices) < 2:
+            count = "one picture" if indices else "no picture"
+            raise ValueError(f"class {name} of data folder {dataset.root} has {count}; a split takes at least two")
+        # Seeded by the class's name too: a class added later leaves the others as they were.
+        random.Random(f"{seed} {name}").shuffle(indices)
+        num_validation = max(1, round(VALIDATION_SHARE * len(indices)))
+        validation += indices[:num_validation]
+        train += indices[num_validation:]
+    return Datasets(
+        dataset.select(sorted(train)), dataset.select(sorted(validation)), dataset.class_names, preprocessing
+    )
+
+
 def _check_folder(folder: Path) -> Path:
     if not folder.exists():
         raise FileNotFoundError(f"no data folder at {folder}")
@@ -164,25 +220,6 @@ def _check_folder(folder: Path) -> Path:
 
 def _find_validation_folder(root: Path) -> Path | None:
     return next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-
-
-def _split(dataset: ImageDataset, seed: int, preprocessing: Preprocessing) -> Datasets:
-    """Move a fifth of each class, at least one picture, to the validation pictures."""
-    members: list[list[int]] = [[] for _ in dataset.class_names]
-    for index, label in enumerate(dataset.labels):
-        members[label].append(index)
-    train, validation = [], []
-    for name, indices in zip(dataset.class_names, members, strict=True):
-        if len(indices) < 2:
-            raise ValueError(f"class {name} of data folder {dataset.root} has one picture; a split takes at least two")
-        # Seeded by the class's name too: a class added later leaves the others as they were.
-        random.Random(f"{seed} {name}").shuffle(indices)
-        num_validation = max(1, round(VALIDATION_SHARE * len(indices)))
-        validation += indices[:num_validation]
-        train += indices[num_validation:]
-    return Datasets(
-        dataset.select(sorted(train)), dataset.select(sorted(validation)), dataset.class_names, preprocessing
-    )
 
 
 def _load_digits() -> ImageDataset:

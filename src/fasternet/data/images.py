@@ -1,11 +1,12 @@
-"""Reads a picture file as 8-bit RGB, whatever its mode; finds the pictures in folders.
+"""Reads a picture, from a file or from bytes, as 8-bit RGB, whatever its mode; finds the pictures in folders.
 
-Whatever is wrong with a file ends in one ``ImageError`` that names the file and the reason.
+Whatever is wrong with a picture ends in one ``ImageError`` that names it and the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -39,18 +40,23 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         ImageError: The file is missing, empty, truncated, too large or no picture.
     """
-    try:
-        # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    # Decoders fail on damaged files with whatever comes up: struct.error, IndexError, SyntaxError ...
-    except Exception as error:
-        raise ImageError(f"cannot read {path}: {_explain(path, error)}") from error
+    return _read(path, path)
+
+
+def decode_image(content: bytes, name: Path | str) -> Image.Image:
+    """Read a picture from the bytes of its file, as ``load_image`` does.
+
+    Args:
+        content: What the file holds.
+        name: What errors call the picture.
+
+    Returns:
+        A decoded picture of mode ``RGB``.
+
+    Raises:
+        ImageError: The bytes are empty, truncated, too large a picture or none.
+    """
+    return _read(io.BytesIO(content), name)
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -72,6 +78,21 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}")
         images += found
     return images
+
+
+def _read(source: Path | io.BytesIO, name: Path | str) -> Image.Image:
+    try:
+        # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    # Decoders fail on damaged files with whatever comes up: struct.error, IndexError, SyntaxError ...
+    except Exception as error:
+        raise ImageError(f"cannot read {name}: {_explain(source, error)}") from error
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -102,14 +123,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.astype(np.uint8))
 
 
-def _explain(path: Path, error: Exception) -> str:
-    if path.is_dir():
+def _explain(source: Path | io.BytesIO, error: Exception) -> str:
+    if isinstance(source, Path) and source.is_dir():
         return "it is a folder"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels"
     if isinstance(error, UnidentifiedImageError):
-        return "it is no picture of a known format" if path.stat().st_size else "the file is empty"
+        num_bytes = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
+        return "it is no picture of a known format" if num_bytes else "the file is empty"
     reason = error.strerror if isinstance(error, OSError) else None
     return " ".join((reason or str(error) or type(error).__name__).split())

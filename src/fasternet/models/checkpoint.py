@@ -1,21 +1,24 @@
 """The folder that a trained model lives in: ``model.safetensors`` with timm's keys, ``config.json`` with all else.
 
-timm and the Hugging Face hub read both files as they are. What timm's network cannot express (LN, position ...) stands
-in ``config.json`` under ``fasternet``, and ``timm`` there says why timm cannot build it.
+timm and the Hugging Face hub read both files as they are, and the hub shows ``README.md``, a short model card. What
+timm's network cannot express (LN, position ...) stands in ``config.json`` under ``fasternet``, beside the facts of the
+training: recipe, metrics, versions, licence. ``timm`` there says why timm cannot build the network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasternet.models import convert
 from fasternet.models.fasternet import VARIANTS, FasterNet, FasterNetConfig
@@ -23,6 +26,9 @@ from fasternet.ops import count_partial_channels
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+
+_OWN_KEYS = ("config", "timm", "name", "source")  # of "fasternet" in config.json; the others there are facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +52,34 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model with all that is needed to use it; ``class_names`` is None where nobody named the classes."""
+    """A model with all that is needed to use it.
+
+    Attributes:
+        name: Its variant, or the name of another network.
+        model: A ``FasterNet``, or another classifier that has ``num_classes``.
+        class_names: None where nobody named the classes.
+        preprocessing: How a picture becomes its input.
+        facts: What was saved with it: recipe, metrics, versions, license.
+    """
 
     name: str
-    model: FasterNet
+    model: nn.Module
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the model tells apart."""
+        model = self.model
+        return model.config.num_classes if isinstance(model, FasterNet) else int(cast(int, model.num_classes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FasterNetCheckpoint(Checkpoint):
+    """A checkpoint that is known to hold a FasterNet; ``name`` is its variant."""
+
+    model: FasterNet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +91,7 @@ class ModelFolder:
     weights: Mapping[str, Tensor]
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
+    facts: Mapping[str, Any]
 
 
 def save_checkpoint(
@@ -72,6 +101,7 @@ def save_checkpoint(
     name: str,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a classifier into a model folder; a file that is there is replaced only by a complete one.
 
@@ -81,26 +111,23 @@ def save_checkpoint(
         name: Its variant, for example ``fasternet_t0``.
         class_names: One name per class.
         preprocessing: Default: the paper's.
+        facts: Plain data to keep with the model: ``recipe``, ``metrics``, ``license`` (of the weights, which are
+            yours) ... The versions of this package, PyTorch and timm are added.
 
     Raises:
-        ValueError: ``name`` is no variant, the model no classifier, or the number of names not that of the classes.
+        ValueError: ``name`` is no variant, the model no classifier, the number of names not that of the classes, or
+            a fact no plain data.
         OSError: The disk is full or not writable; what the folder held before stays valid.
     """
     if name not in VARIANTS:
         raise ValueError(f"name {name!r} is not one of {', '.join(VARIANTS)}")
     if model.head is None:
         raise ValueError("a model folder holds a classifier, and this is a backbone (features_only)")
-    if class_names is not None and len(class_names) != model.config.num_classes:
-        raise ValueError(f"class_names has {len(class_names)} names for {model.config.num_classes} classes")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    document = _describe(model.config, name, class_names, preprocessing or Preprocessing())
-    weights = safetensors.torch.save(convert.to_format(model, "timm"), metadata={"format": "pt"})
-    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(weights))
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(document, indent=2) + "\n"))
+    document = _describe(model.config, name, class_names, preprocessing or Preprocessing(), facts)
+    write_model_folder(Path(folder), convert.to_format(model, "timm"), document)
 
 
-def load_checkpoint(path: Path | str) -> Checkpoint:
+def load_checkpoint(path: Path | str) -> FasterNetCheckpoint:
     """Build the model of a model folder, or of a run folder (its ``best``), in evaluation mode.
 
     Raises:
@@ -110,13 +137,42 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     folder = read_model_folder(Path(path))
     model = FasterNet(folder.config)
     convert.load_state(model, folder.weights, source=str(path))
-    return Checkpoint(
-        name=folder.name, model=model.eval(), class_names=folder.class_names, preprocessing=folder.preprocessing
+    return FasterNetCheckpoint(
+        name=folder.name,
+        model=model.eval(),
+        class_names=folder.class_names,
+        preprocessing=folder.preprocessing,
+        facts=folder.facts,
     )
 
 
 def read_model_folder(path: Path) -> ModelFolder:
     """Read a model folder, or the ``best`` of a run folder; raises what ``load_checkpoint`` raises."""
+    path, document = read_config(path)
+    if "fasternet" not in document:
+        raise ValueError(f"{path / CONFIG_FILE} is of another package: give the weight file beside it")
+    if "name" in document["fasternet"]:
+        raise ValueError(f"{path} holds a {document['fasternet']['name']}, which is no FasterNet")
+    with explain_damage(path):
+        config = dict(document["fasternet"]["config"])
+        config["depths"] = tuple(config["depths"])
+        return ModelFolder(
+            name=document["architecture"],
+            config=FasterNetConfig(**config),
+            weights=convert.read_state(path / WEIGHTS_FILE),
+            class_names=read_class_names(path, document, config["num_classes"]),
+            preprocessing=read_preprocessing(document),
+            facts=read_facts(document),
+        )
+
+
+def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Find a model folder, which may be the ``best`` of a run folder, and read its ``config.json``.
+
+    Raises:
+        FileNotFoundError: There is no model folder.
+        ValueError: The file is truncated.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
     if not (path / CONFIG_FILE).is_file() and (path / "best" / CONFIG_FILE).is_file():
@@ -124,30 +180,61 @@ def read_model_folder(path: Path) -> ModelFolder:
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         if not (path / file).is_file():
             raise FileNotFoundError(f"{path} is no model folder: it holds no {file}")
-    try:
+    with explain_damage(path):
         document = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        if "fasternet" not in document:
-            raise ValueError(f"{path / CONFIG_FILE} is of another package: give the weight file beside it")
-        config = dict(document["fasternet"]["config"])
-        config["depths"] = tuple(config["depths"])
-        cfg, names = document["pretrained_cfg"], document.get("label_names")
-        if names is not None and len(names) != config["num_classes"]:
-            raise ValueError(f"{path / CONFIG_FILE} has {len(names)} label_names for {config['num_classes']} classes")
-        return ModelFolder(
-            name=document["architecture"],
-            config=FasterNetConfig(**config),
-            weights=convert.read_state(path / WEIGHTS_FILE),
-            class_names=None if names is None else tuple(names),
-            preprocessing=Preprocessing(
-                input_size=cfg["input_size"][-1],
-                crop_ratio=cfg["crop_pct"],
-                mean=tuple(cfg["mean"]),
-                std=tuple(cfg["std"]),
-                interpolation=cfg["interpolation"],
-            ),
-        )
+        return path, {**document}  # what is no mapping is damage
+
+
+@contextlib.contextmanager
+def explain_damage(folder: Path) -> Iterator[None]:
+    """Turn what comes up while a damaged ``config.json`` is read into one sentence."""
+    try:
+        yield
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / CONFIG_FILE} is truncated or was edited ({error!r})") from None
+        raise ValueError(f"{folder / CONFIG_FILE} is truncated or was edited ({error!r})") from None
+
+
+def read_class_names(folder: Path, document: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """Return the names of the classes, or None; raises ValueError where their number is not that of the classes."""
+    names = document.get("label_names")
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f"{folder / CONFIG_FILE} has {len(names)} label_names for {num_classes} classes")
+    return None if names is None else tuple(names)
+
+
+def read_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing that a ``config.json`` states."""
+    cfg = document["pretrained_cfg"]
+    return Preprocessing(
+        input_size=cfg["input_size"][-1],
+        crop_ratio=cfg["crop_pct"],
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+    )
+
+
+def read_facts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a ``config.json`` keeps of the training."""
+    return {key: value for key, value in document.get("fasternet", {}).items() if key not in _OWN_KEYS}
+
+
+def write_model_folder(folder: Path, weights: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write the files of a model folder; each is replaced only by a complete one.
+
+    Raises:
+        ValueError: The document is no plain data.
+        OSError: The disk is full or not writable.
+    """
+    try:
+        config = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be plain data that JSON can hold, without NaN ({error})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    content = safetensors.torch.save(dict(weights), metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(content))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(config, encoding="utf-8"))
+    write_atomically(folder / CARD_FILE, lambda path: path.write_text(write_card(document), encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -170,17 +257,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _describe(
-    config: FasterNetConfig, name: str, class_names: Sequence[str] | None, preprocessing: Preprocessing
+    config: FasterNetConfig,
+    name: str,
+    class_names: Sequence[str] | None,
+    preprocessing: Preprocessing,
+    facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return ``config.json`` in the form that timm and the hub read."""
-    size = preprocessing.input_size
     obstacle = find_obstacle(config, name)
-    return {
-        "architecture": name,
-        "num_classes": config.num_classes,
-        "num_features": config.stage_channels[-1],
-        "label_names": None if class_names is None else list(class_names),
-        "model_args": {
+    return describe_model(
+        architecture=name,
+        num_classes=config.num_classes,
+        num_features=config.stage_channels[-1],
+        class_names=class_names,
+        model_args={
             "embed_dim": config.width,
             "depths": list(config.depths),
             "n_div": round(1 / config.partial_ratio),
@@ -189,22 +278,73 @@ def _describe(
             "in_chans": config.in_chans,
             "layer_scale_init_value": config.layer_scale or 0.0,
         },
+        timm_cfg={
+            "input_size": [config.in_chans, preprocessing.input_size, preprocessing.input_size],
+            "first_conv": "patch_embed.proj",
+            "classifier": "classifier",
+        },
+        preprocessing=preprocessing,
+        own={
+            "config": dataclasses.asdict(config),
+            "timm": f"cannot build it: it knows no {obstacle}" if obstacle else "builds it",
+        },
+        facts=facts,
+    )
+
+
+def describe_model(
+    *,
+    architecture: str,
+    num_classes: int,
+    num_features: int,
+    class_names: Sequence[str] | None,
+    model_args: Mapping[str, Any],
+    timm_cfg: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    own: Mapping[str, Any],
+    facts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return ``config.json`` in the form that timm and the hub read.
+
+    Args:
+        architecture: timm's name of the network.
+        num_classes: Classes of its head.
+        num_features: Channels of its last feature map.
+        class_names: One name per class, or None.
+        model_args: What timm builds it with.
+        timm_cfg: What timm's ``pretrained_cfg`` says beside classes and preprocessing.
+        preprocessing: How a picture becomes its input.
+        own: What this package needs to build it.
+        facts: See ``save_checkpoint``.
+
+    Raises:
+        ValueError: ``class_names`` are not as many as the classes.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names has {len(class_names)} names for {num_classes} classes")
+    facts = {"license": None, "versions": list_versions(), **(facts or {})}
+    return {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "num_features": num_features,
+        "label_names": None if class_names is None else list(class_names),
+        "model_args": dict(model_args),
         "pretrained_cfg": {
-            "input_size": [config.in_chans, size, size],
-            "pool_size": [size // 32, size // 32],
             "crop_pct": preprocessing.crop_ratio,
             "interpolation": preprocessing.interpolation,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
-            "num_classes": config.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "classifier",
+            "num_classes": num_classes,
+            **({"license": facts["license"]} if facts["license"] else {}),
+            **timm_cfg,
         },
-        "fasternet": {
-            "config": dataclasses.asdict(config),
-            "timm": f"cannot build it: it knows no {obstacle}" if obstacle else "builds it",
-        },
+        "fasternet": {**facts, **own},
     }
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of the packages that a model was made with."""
+    return {name: importlib.metadata.version(name) for name in ("fasternet", "torch", "torchvision", "timm")}
 
 
 def find_obstacle(config: FasterNetConfig, name: str) -> str | None:
@@ -216,3 +356,22 @@ def find_obstacle(config: FasterNetConfig, name: str) -> str | None:
         if (value := getattr(config, field)) != getattr(VARIANTS[name], field):
             return f"{field} {value!r} in {name}"
     return None
+
+
+def write_card(document: Mapping[str, Any]) -> str:
+    """Return the model card that a ``config.json`` calls for: what the hub shows of a model, and sorts it by."""
+    own = document["fasternet"]
+    name, size = own.get("name", document["architecture"]), document["pretrained_cfg"]["input_size"][-1]
+    by_timm = own["timm"] == "builds it"
+    head = [f"license: {own['license']}"] if own.get("license") else []
+    head += [f"library_name: {'timm' if by_timm else 'fasternet'}", "pipeline_tag: image-classification"]
+    head += ["tags:", "- image-classification", *(["- timm"] if by_timm else []), "- fasternet"]
+    lines = ["---", *head, "---", f"# {name}", ""]
+    lines += [f"An image classifier of {document['num_classes']} classes for pictures of {size} x {size} pixels."]
+    lines += [f"{key} = {value:.4g}" for key, value in own.get("metrics", {}).items() if isinstance(value, int | float)]
+    lines += ["", "```sh", "fasternet predict picture.jpg --checkpoint FOLDER", "```", ""]
+    if by_timm:
+        lines += ["```python", "import timm", ""]
+        lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', "```", ""]
+    lines += ["`config.json` holds the names of the classes, the preprocessing and the recipe of the training."]
+    return "\n".join(lines) + "\n"

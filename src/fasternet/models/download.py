@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import http.client
+import os
 import re
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +49,9 @@ def download_from_hub(repository: str, filename: str) -> Path:
 def download_url(url: str, *, sha256: str | None = None, folder: Path | None = None) -> Path:
     """Fetch a file by URL, continuing an interrupted download; a cached file needs no network.
 
+    Of several processes that want the same file one fetches it, and the others wait. On a terminal a bar shows the
+    progress.
+
     Args:
         url: Address of the file.
         sha256: Expected hash, or None where none is published.
@@ -61,14 +70,35 @@ def download_url(url: str, *, sha256: str | None = None, folder: Path | None = N
     if path.is_file():
         return path
     part = path.with_name(path.name + ".part")
-    try:
-        _fetch(url, part)
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise ConnectionError(_unreachable(url, error)) from None
-    if sha256 is not None:
-        _verify(part, sha256)
-    part.replace(path)
+    with _lock(part):
+        if path.is_file():
+            return path  # another process fetched it meanwhile
+        try:
+            _fetch(url, part)
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            raise ConnectionError(_unreachable(url, error)) from None
+        if sha256 is not None:
+            _verify(part, sha256)
+        part.replace(path)
     return path
+
+
+@contextlib.contextmanager
+def _lock(part: Path) -> Iterator[None]:
+    """Hold ``part`` for this process alone; an empty one does not stay."""
+    while True:
+        file = part.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however it ends
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(part.stat(), os.fstat(file.fileno())):
+                break
+        file.close()  # who held it before has renamed or deleted it
+    with file:
+        try:
+            yield
+        finally:
+            if part.exists() and part.stat().st_size == 0:
+                part.unlink()
 
 
 def _fetch(url: str, part: Path) -> None:
@@ -83,18 +113,32 @@ def _fetch(url: str, part: Path) -> None:
             raise
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return  # nothing is lacking
-        part.unlink()  # it is no part of this file
+        os.truncate(part, 0)  # it is no part of this file
         return _fetch(url, part)
     with response:
         resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
         expected = int(response.headers.get("Content-Length", -1))
         received = 0
-        with part.open("ab" if resumed else "wb") as file:
+        with (
+            part.open("ab" if resumed else "wb") as file,
+            _show_progress(part.stem, have if resumed else 0, expected) as bar,
+        ):
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
                 received += len(chunk)
+                bar.update(len(chunk))
     if expected >= 0 and received < expected:
         raise ConnectionError(f"the connection broke off after {received} of {expected} bytes")
+
+
+def _show_progress(name: str, have: int, expected: int) -> Any:
+    """Return a bar for a download of which so many bytes are there and so many expected; silent but on a terminal."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    total = have + expected if expected >= 0 else None
+    return tqdm(
+        desc=name, initial=have, total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    )
 
 
 def _verify(path: Path, sha256: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from fasternet.models import convert
 from fasternet.models.checkpoint import (
     CONFIG_FILE,
-    Checkpoint,
+    FasterNetCheckpoint,
     Preprocessing,
     find_obstacle,
     load_checkpoint,
@@ -68,7 +68,7 @@ def _check_target(target: Path, format: convert.Format, overwrite: bool) -> None
         raise ValueError(f"the format fasternet is a model folder, and {target} is named like a file")
 
 
-def _write_file(target: Path, found: Checkpoint, format: convert.Format) -> int:
+def _write_file(target: Path, found: FasterNetCheckpoint, format: convert.Format) -> int:
     """Write a weight file, which appears once it is read back and equal; return the number of tensors."""
     if obstacle := find_obstacle(found.model.config, found.name):
         raise ValueError(f"the format {format} cannot say that the model has {obstacle}: a model folder can")
@@ -91,7 +91,7 @@ def _check_equal(written: FasterNet, model: FasterNet, target: Path) -> None:
         raise ValueError(f"{target} would not hold what was read")
 
 
-def _load(path: Path, model: str | None, **options: Any) -> Checkpoint:
+def _load(path: Path, model: str | None, **options: Any) -> FasterNetCheckpoint:
     """Read a file or a model folder; a file without a head is a backbone."""
     if (path / CONFIG_FILE).is_file() or (path / "best" / CONFIG_FILE).is_file():
         checkpoint = load_checkpoint(path)
@@ -103,4 +103,4 @@ def _load(path: Path, model: str | None, **options: Any) -> Checkpoint:
     has_head = any(key.endswith(("classifier.weight", "head.weight", "head.fc.weight")) for key in state)
     has_norms = any(key.removeprefix("backbone.").startswith(("norm0.", "feature_norms.")) for key in state)
     network = create_model(name, checkpoint_path=path, features_only=not has_head, feature_norm=has_norms, **options)
-    return Checkpoint(name=name, model=network, class_names=None, preprocessing=Preprocessing())
+    return FasterNetCheckpoint(name=name, model=network, class_names=None, preprocessing=Preprocessing())

@@ -10,12 +10,16 @@ from pathlib import Path
 from string import Template
 
 from fasternet.report.appendix import show_costs, show_differences, show_environment, show_notes
+from fasternet.report.data import show_data
+from fasternet.report.faults import show_faults
+from fasternet.report.learning import show_learning
 from fasternet.report.markup import Html, join, tag
 from fasternet.report.networks import show_networks
 from fasternet.report.operators import show_operators
 from fasternet.report.provenance import describe_dates, describe_machine, unique
 from fasternet.report.ratios import show_ratios
 from fasternet.report.sources import Source, find_machines, load_sources
+from fasternet.report.speed import show_training_speed
 from fasternet.report.summary import show_summary
 from fasternet.report.training import show_training
 
@@ -59,8 +63,12 @@ def render_page(sources: Sequence[Source]) -> str:
         "Summary": show_summary(sources),
         "Networks": show_networks(sources, machines),
         "Operators": show_operators(sources, machines),
+        "Training speed": show_training_speed(sources, machines),
         "Ratios": show_ratios(sources, machines),
+        "Learning": show_learning(sources, machines),
         "Training": show_training(sources, machines),
+        "Data": show_data(sources, machines),
+        "Faults": show_faults(sources, machines),
         "Exactness": show_differences(sources, machines),
         "Costs": show_costs(sources, machines),
         "Environment": show_environment(sources, machines),
@@ -69,10 +77,9 @@ def render_page(sources: Sequence[Source]) -> str:
     filled = {title: content for title, content in sections.items() if content}
     records = [record for source in sources for record in source.records]
     where = "; ".join(unique(describe_machine(record.machine, machines) for record in records))
-    body = [
-        tag("section", tag("h2", title), *content, id=f"section-{title.lower()}") for title, content in filled.items()
-    ]
-    links = [tag("a", title, href=f"#section-{title.lower()}") for title in filled]
+    anchors = {title: f"section-{title.lower().replace(' ', '-')}" for title in filled}
+    body = [tag("section", tag("h2", title), *content, id=anchors[title]) for title, content in filled.items()]
+    links = [tag("a", title, href=f"#{anchors[title]}") for title in filled]
     templates = resources.files(__package__) / "templates"
     style, script, page = (
         templates.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "sort.js", "page.html")

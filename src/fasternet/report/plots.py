@@ -1,4 +1,4 @@
-"""Figure 2 and the training curve as inline SVG, drawn by matplotlib.
+"""Figure 2, the training curve and calibration as inline SVG, drawn by matplotlib.
 
 Every colour is a CSS variable, so that one drawing serves light, dark and print; every drawing is made for a wide
 screen and for a phone, and the page shows the one that fits. Needs the extra ``report``.
@@ -78,6 +78,15 @@ class Series:
     second: bool = False
 
 
+@dataclass(frozen=True)
+class Bin:
+    """Pictures of about the same confidence: how many, their mean confidence and their accuracy, in per cent."""
+
+    count: int
+    confidence: float
+    accuracy: float
+
+
 def draw_networks(points: Sequence[Point], *, key: str, title: str, x_label: str, alt: str) -> Html:
     """Draw networks in a plane with logarithmic axes, FasterNet connected, names beside the measured ones."""
 
@@ -106,8 +115,8 @@ def draw_networks(points: Sequence[Point], *, key: str, title: str, x_label: str
     return _draw_responsive(draw, key=key, alt=alt, tips=tips)
 
 
-def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str) -> Html:
-    """Draw one panel of a training curve: values over epochs."""
+def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str, from_zero: bool = False) -> Html:
+    """Draw one panel of a training curve: values over epochs, from zero where noise would fill the axis."""
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Any) -> None:
@@ -123,8 +132,31 @@ def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str) -> H
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.margins(x=0.03, y=0.08)
+        if from_zero:
+            axes.set_ylim(bottom=0)
 
     return _draw_responsive(draw, key=key, alt=alt, tips=[])
+
+
+def draw_calibration(bins: Sequence[Bin], *, key: str, alt: str) -> Html:
+    """Draw accuracy over confidence, beside the line on which both are equal."""
+
+    def draw(axes: Any) -> None:
+        most = max(b.count for b in bins)
+        xs, ys = [b.confidence for b in bins], [b.accuracy for b in bins]
+        axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, dashes=(4, 3))
+        axes.vlines(xs, ys, xs, color=SECOND, linewidth=1.2)  # the distance that ECE is the mean of
+        axes.plot(xs, ys, color=ACCENT, linewidth=1.2)
+        for number, b in enumerate(bins):
+            size = 4 + 10 * math.sqrt(b.count / most)
+            style = {"markerfacecolor": ACCENT, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
+            axes.plot(b.confidence, b.accuracy, "o", gid=f"point{number}", markersize=size, zorder=4, **style)
+        axes.set_title("(b) Calibration: accuracy over confidence, %")
+        axes.set_xlabel("Confidence, %")
+        axes.set(xlim=(-3, 103), ylim=(-3, 103))
+
+    tips = [f"{b.count:,} pictures: confidence {b.confidence:.1f} %, accuracy {b.accuracy:.1f} %" for b in bins]
+    return _draw_responsive(draw, key=key, alt=alt, tips=tips)
 
 
 def _draw_responsive(draw: Callable[[Any], None], *, key: str, alt: str, tips: Sequence[str]) -> Html:

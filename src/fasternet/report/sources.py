@@ -19,10 +19,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Source:
-    """One record file and what it holds."""
+    """One record file and what it holds; of a file that holds several runs, one of them."""
 
     path: Path
     records: tuple[Record, ...]
+
+    @property
+    def name(self) -> str:
+        """What to call it: the run as merging named it, or the run folder, or the file."""
+        merged = self.records[0].condition.get("run")
+        return str(merged) if merged else self.path.resolve().parent.name if self.path.stem == "log" else self.path.stem
 
     def load_picture(self, relative: str) -> str | None:
         """Return an attached picture as a data URI; None where it is missing, too large, outside or no picture."""
@@ -40,24 +46,33 @@ class Source:
 def load_sources(paths: Sequence[Path]) -> list[Source]:
     """Read record files; of a folder, for example of a run, every ``*.jsonl`` below it.
 
+    Returns:
+        A source for each file, or for each run of a file that several were merged into.
+
     Raises:
         FileNotFoundError: A path does not exist.
         ValueError: There is no path, a path holds no record, or a line is not a record.
     """
     if not paths:
         raise ValueError("sources is empty: name at least one record file (*.jsonl) or run folder")
-    found: dict[Path, Source] = {}
+    found: dict[Path, list[Source]] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no record file or run folder at {path}")
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        sources = [Source(file, tuple(_load(file))) for file in files]
-        if not any(source.records for source in sources):
+        sources = {file.resolve(): _split(file, _load(file)) for file in files}
+        if not any(sources.values()):
             raise ValueError(
                 f"{path} holds no records: name a *.jsonl file, or a folder with one, that a run has filled"
             )
-        found |= {source.path.resolve(): source for source in sources if source.records}
-    return list(found.values())
+        found |= sources
+    return [source for sources in found.values() for source in sources]
+
+
+def _split(file: Path, records: Iterable[Record]) -> list[Source]:
+    """Take the runs of a file apart, which merging told apart by ``condition.run``."""
+    runs = group(records, lambda record: str(record.condition.get("run") or ""))
+    return [Source(file, tuple(members)) for members in runs.values()]
 
 
 def _load(file: Path) -> list[Record]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from fasternet.records import Record
 from fasternet.report.compare import Timing, scaled
+from fasternet.report.learning import Learned, find_learned
 from fasternet.report.markup import Html, join, power_of_ten, tag
 from fasternet.report.operators import compare_flops
 from fasternet.report.provenance import (
@@ -25,7 +27,10 @@ MAX_CLAIMS = 4  # of a kind
 
 def show_summary(sources: Sequence[Source]) -> list[Html]:
     """Tell what was trained, what optimising changed and how fast it all is."""
-    facts = [fact for source in sources for fact in _tell_training(source)]
+    learned = [row for row in find_learned(sources) if len(row.runs) > 1]
+    told = {id(source) for row in learned for source in row.sources}
+    facts = [_tell_learned(row) for row in learned]
+    facts += [fact for source in sources if id(source) not in told for fact in _tell_training(source)]
     facts += [*_tell_differences(sources), *_tell_flops(sources)]
     ranked: list[list[tuple[Record, Timing]]] = [[], [], []]
     for record, timing in list_ratios(sources):
@@ -35,10 +40,10 @@ def show_summary(sources: Sequence[Source]) -> list[Html]:
     content = [tag("dl", *facts, class_="facts")] if facts else []
     if chosen:
         shared = shared_condition([record for record, _ in chosen])
-        told = "; ".join(filter(None, ("Time with its 95 % interval", describe_condition(shared))))
+        under = "; ".join(filter(None, ("Time with its 95 % interval", describe_condition(shared))))
         content += [
             tag("ul", *(_claim(record, timing, shared) for record, timing in chosen), class_="claims"),
-            tag("p", f"{told}. All ratios stand ", tag("a", "below", href="#section-ratios"), ".", class_="note"),
+            tag("p", f"{under}. All ratios stand ", tag("a", "below", href="#section-ratios"), ".", class_="note"),
         ]
     return content
 
@@ -68,6 +73,13 @@ def _tell_training(source: Source) -> list[Html]:
         ]
         facts.append(_fact(f"{top1:.1f} %", tag("strong", name), ", ".join(filter(None, told))))
     return facts
+
+
+def _tell_learned(row: Learned) -> Html:
+    """Tell the mean top-1 of runs that differ in their seed alone."""
+    span = f"{min(row.top1):.1f} to {max(row.top1):.1f} %"
+    text = f" top-1 on {row.condition.get('data')}, mean of {count(len(row.top1), 'run')} ({span})"
+    return _fact(f"{statistics.fmean(row.top1):.1f} %", tag("strong", row.runs[0].subject), text)
 
 
 def _tell_differences(sources: Sequence[Source]) -> list[Html]:

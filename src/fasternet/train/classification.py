@@ -1,10 +1,11 @@
-"""Classification as a task: folders of pictures, cross-entropy with mixup and cutmix, top-1 (Section 4.2)."""
+"""Classification as a task: pictures with labels, cross-entropy with mixup and cutmix, top-1 (Section 4.2)."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,27 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from fasternet.data.datasets import Datasets, create_datasets
-from fasternet.data.loaders import create_loader
+from fasternet.data.loaders import TrainingLoader, create_loader
+from fasternet.data.shards import ShardLoader, ShardStream
 from fasternet.data.transforms import create_transform
 from fasternet.environment import create_record
-from fasternet.models.checkpoint import Preprocessing, load_checkpoint, save_checkpoint
+from fasternet.models.checkpoint import Preprocessing
 from fasternet.models.fasternet import FasterNet
-from fasternet.models.registry import create_model
 from fasternet.records import Record
+from fasternet.rivals import create_network, load_network, save_network
+from fasternet.rivals.network import is_fasternet, resolve_network
+from fasternet.train.distill import compute_distillation, create_teacher
+from fasternet.train.distributed import World
 from fasternet.train.evaluate import Evaluation, evaluate
-from fasternet.train.recipes import Recipe
+from fasternet.train.optim import freeze_stages
+from fasternet.train.recipe import Recipe
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
 
-NUM_PREDICTIONS = 24  # on the sheet of pictures that ends a run
+NUM_PICTURES = 24  # drawn by lot, and as many of the worst mistakes, for the sheets that end a run
 THUMBNAIL_SIZE = 160  # pixels
+
+Loader = TrainingLoader | ShardLoader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,86 +44,142 @@ class Classification(Task):
 
     Attributes:
         recipe: How to train.
-        datasets: The pictures, their transforms set.
+        datasets: The pictures.
         preprocessing: What evaluation does to a picture; it goes into the model folder.
         mixup: Mixes the pictures of a batch and their labels, or None.
+        teacher: The network to distil, or None.
+        loaders: The loader of the current size of training pictures, by that size.
     """
 
     recipe: Recipe
     datasets: Datasets
     preprocessing: Preprocessing
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    teacher: nn.Module | None
+    loaders: dict[int, Loader] = dataclasses.field(default_factory=dict)
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        """Return the shuffled, augmented batches of an epoch."""
-        recipe = self.recipe
-        return create_loader(
-            self.datasets.train,
-            recipe.batch_size,
-            training=True,
-            num_workers=recipe.num_workers,
-            seed=recipe.seed,
-            epoch=epoch,
-        )
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yield the shuffled, augmented parts of an epoch."""
+        return self.loader(epoch).batches(epoch, start)
+
+    def names(self, epoch: int, step: int) -> Sequence[str]:
+        """Return the names of the pictures of a step."""
+        return self.loader(epoch).names(epoch, step)
+
+    def describe_resume(self, start: int) -> str | None:
+        """Return a sentence where the data cannot go on exactly at step ``start``."""
+        return self.loader(0).describe_resume(start)
+
+    def loader(self, epoch: int) -> Loader:
+        """Return the loader for the size of an epoch's pictures; it lives until the size changes."""
+        size = self.recipe.size_of(epoch)
+        if size not in self.loaders:
+            self.loaders.clear()
+            self.loaders[size] = self._create_loader(size)
+        return self.loaders[size]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy with smoothed and, where the recipe says so, mixed labels."""
+        """Return the cross-entropy with smoothed and, where the recipe says so, mixed labels and a teacher."""
         images, targets = self._move(batch[0]), batch[1].to(self.device, non_blocking=True)
-        if self.mixup:
+        if self.mixup and len(images) > 1:
             even = len(images) // 2 * 2
             images, targets = self.mixup(images[:even], targets[:even])
-        return F.cross_entropy(model(images).float(), targets, label_smoothing=self.recipe.label_smoothing)
+        logits = model(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        return compute_distillation(self.recipe, loss, logits, teacher_logits)
 
     def evaluate(self, model: nn.Module) -> Mapping[str, Any]:
         """Return top-1, top-5 and loss on the validation pictures."""
         result = self._evaluate(model)
         return {"validation_loss": result.loss, "top1": result.top1, "top5": result.top5}
 
-    def save(self, folder: Path, model: FasterNet) -> None:
-        """Write weights, class names and preprocessing."""
-        save_checkpoint(
+    def save(self, folder: Path, model: nn.Module, values: Mapping[str, Any]) -> None:
+        """Write weights, class names, preprocessing, recipe and metrics."""
+        metrics = {name: values[name] for name in ("top1", "top5", "validation_loss") if name in values}
+        save_network(
             folder,
             model,
             name=self.name,
             class_names=self.datasets.class_names,
             preprocessing=self.preprocessing,
+            facts={"recipe": dataclasses.asdict(self.recipe), "metrics": metrics, "data": self.condition["data"]},
         )
 
     def summarise(self, output: Path) -> list[Record]:
-        """Evaluate the best checkpoint as it is on the disk, in fp32, and lay out a sheet of its predictions."""
-        model = load_checkpoint(output / "best").model.to(self.device).eval()
+        """Evaluate the best checkpoint as it is on the disk, in fp32, and lay out sheets of its predictions."""
+        model = load_network(output / "best").model.to(self.device).eval()
         result = self._evaluate(model)
         record = create_record("train", "evaluation", self.name, condition=self.condition, values=result.values())
-        return [record, *self._create_sheet(result, output)]
+        return [record, *self._create_sheets(result, output)] if self.world.is_main else []
+
+    def _create_loader(self, size: int) -> Loader:
+        recipe, dataset = self.recipe, self.datasets.train
+        dataset.transform = create_transform(
+            dataclasses.replace(self.preprocessing, input_size=size),
+            training=True,
+            random_resized_crop=recipe.random_resized_crop,
+            flip=recipe.flip,
+            rand_augment=recipe.rand_augment,
+        )
+        options: dict[str, Any] = {
+            "num_workers": recipe.num_workers,
+            "seed": recipe.seed,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "accumulate": recipe.accumulate,
+            "on_error": self.unreadable.append,
+        }
+        if isinstance(dataset, ShardStream):
+            return ShardLoader(dataset, recipe.batch_size, **options)
+        return TrainingLoader(dataset, recipe.batch_size, **options)
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
-        recipe, validation = self.recipe, self.datasets.validation
-        loader = create_loader(validation, recipe.batch_size, training=False, num_workers=recipe.num_workers)
-        return evaluate(lambda images: model(self._move(images)), loader, class_names=validation.class_names)
+        recipe, validation, world = self.recipe, self.datasets.validation, self.world
+        loader = create_loader(
+            validation,
+            max(1, recipe.batch_size // (world.size * recipe.accumulate)),
+            num_workers=recipe.num_workers,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        names = validation.class_names
+        return evaluate(lambda images: model(self._move(images)), loader, class_names=names, world=world)
 
-    def _create_sheet(self, result: Evaluation, output: Path) -> list[Record]:
-        """Save thumbnails of validation pictures, drawn by lot, and record what was predicted for them."""
-        validation, names = self.datasets.validation, self.datasets.class_names
+    def _create_sheets(self, result: Evaluation, output: Path) -> list[Record]:
+        """Save thumbnails of the worst mistakes and of pictures drawn by lot, and record what was predicted."""
+        wrong = (result.labels[:, 0] != result.truths).nonzero().flatten().tolist()
+        wrong.sort(key=lambda index: -float(result.probabilities[index, 0]))
+        count = len(self.datasets.validation)
+        lot = random.Random(0).sample(range(count), min(NUM_PICTURES, count))
         (output / "pictures").mkdir(exist_ok=True)
-        lot = random.Random(0).sample(range(len(validation)), min(NUM_PREDICTIONS, len(validation)))
-        records = []
-        for number, index in enumerate(lot):
-            picture = f"pictures/{number:02}.png"
-            image = validation.load(index).copy()
-            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            image.save(output / picture)
-            labels, probabilities = result.labels[index].tolist(), result.probabilities[index].tolist()
-            values = {
-                "label": names[labels[0]],
-                "probability": probabilities[0],
-                "top": [[names[label], p] for label, p in zip(labels, probabilities, strict=True)],
-                "truth": names[validation.labels[index]],
-            }
-            subject = validation.paths[index].as_posix()
-            records.append(
-                create_record("train", "prediction", subject, values=values, attachments={"picture": picture})
-            )
-        return records
+        chosen = [("mistake", index) for index in wrong[:NUM_PICTURES]] + [("lot", index) for index in lot]
+        return [
+            self._describe_prediction(result, index, role, output, f"pictures/{number:02}.png")
+            for number, (role, index) in enumerate(chosen)
+        ]
+
+    def _describe_prediction(self, result: Evaluation, index: int, role: str, output: Path, picture: str) -> Record:
+        validation, names = self.datasets.validation, self.datasets.class_names
+        image = validation.load(index).copy()
+        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        image.save(output / picture)
+        labels, probabilities = result.labels[index].tolist(), result.probabilities[index].tolist()
+        truth = validation.labels[index]
+        chance = dict(zip(labels, probabilities, strict=True)).get(truth)
+        values = {
+            "role": role,
+            "label": names[labels[0]],
+            "probability": probabilities[0],
+            "top": [[names[label], p] for label, p in zip(labels, probabilities, strict=True)],
+            "truth": names[truth],
+            "loss": -math.log(chance) if chance else None,  # None: the truth is not among the best five
+        }
+        subject = validation.paths[index].as_posix()
+        return create_record("train", "prediction", subject, values=values, attachments={"picture": picture})
 
     def _move(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
@@ -123,7 +187,15 @@ class Classification(Task):
 
 
 def create_classification(
-    model_name: str, data: str, *, recipe: Recipe, model_options: Mapping[str, Any], device: torch.device
+    model_name: str,
+    data: str,
+    *,
+    recipe: Recipe,
+    model_options: Mapping[str, Any],
+    device: torch.device,
+    world: World | None = None,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
 ) -> Classification:
     """Open the pictures and make the network; see ``train`` for the arguments."""
     datasets = create_datasets(data)
@@ -132,21 +204,14 @@ def create_classification(
         datasets.preprocessing_defaults, input_size=recipe.input_size, crop_ratio=recipe.crop_ratio
     )
     datasets.validation.transform = create_transform(preprocessing, training=False)
-    datasets.train.transform = create_transform(
-        preprocessing,
-        training=True,
-        random_resized_crop=recipe.random_resized_crop,
-        flip=recipe.flip,
-        rand_augment=recipe.rand_augment,
-    )
-    seed_everything(recipe.seed)
-    options = {"drop_path_rate": recipe.drop_path_rate, **model_options, "num_classes": num_classes}
-    model = create_model(model_name, **options).to(device)
+    model = _create_model(model_name, recipe, {**model_options, "num_classes": num_classes}, checkpoint, pretrained)
+    model = model.to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    teacher = create_teacher(recipe, num_classes)
     mixed = recipe.mixup or recipe.cutmix
-    return Classification(
-        name=model_name,
+    task = Classification(
+        name=model_name.partition(".")[0] if is_fasternet(model_name) else resolve_network(model_name).name,
         model=model,
         device=device,
         condition={"data": Path(data).name, "device": device.type, "model_options": dict(model_options)},
@@ -156,11 +221,33 @@ def create_classification(
             "num_validation": len(datasets.validation),
             "num_classes": num_classes,
         },
-        num_steps=max(1, len(datasets.train) // recipe.batch_size),
+        num_steps=0,
         metric="top1",
+        world=world or World(),
         recipe=recipe,
         datasets=datasets,
         preprocessing=preprocessing,
         # Labels are smoothed in the loss, mixed or not.
         mixup=Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes) if mixed else None,
+        teacher=None if teacher is None else teacher.to(device),
     )
+    return dataclasses.replace(task, num_steps=task.loader(0).num_steps)
+
+
+def _create_model(
+    name: str, recipe: Recipe, options: dict[str, Any], checkpoint: Path | None, pretrained: bool
+) -> nn.Module:
+    seed_everything(recipe.seed)
+    if recipe.drop_path_rate:
+        options["drop_path_rate"] = recipe.drop_path_rate
+    model = create_network(name, checkpoint_path=checkpoint, pretrained=pretrained, **options)
+    freeze_stages(model, recipe.freeze)
+    if recipe.grad_checkpointing:
+        if not isinstance(model, FasterNet) and not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"recipe field grad_checkpointing=true is not for {name}: it cannot compute anew")
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if recipe.batch_norm == "sync":
+        if not torch.cuda.is_available():
+            raise ValueError("recipe field batch_norm=sync needs GPUs; on a CPU take train or frozen")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return model

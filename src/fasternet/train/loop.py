@@ -1,33 +1,48 @@
-"""The training loop: epochs, log, checkpoints, resuming (Section 4.2, Table 6).
-
-A run folder holds ``recipe.yaml``, ``log.jsonl`` (records), ``best/`` and ``last/`` (model folders),
-``last/state.pt`` and ``pictures/``.
-"""
+"""The training loop: epochs, steps, and what interrupts them (Section 4.2, Table 6)."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasternet.environment import create_record
-from fasternet.records import Record, append_records, load_records
+from fasternet.data.loaders import explain_dead_worker
 from fasternet.train.classification import create_classification
 from fasternet.train.device import select_device, select_precision
-from fasternet.train.optim import compute_lr, create_optimizer
-from fasternet.train.recipes import Recipe, save_recipe
-from fasternet.train.state import load_state, save_state, seed_everything
+from fasternet.train.distributed import World, broadcast, explain_lost_process, gather, join_world, sum_over
+from fasternet.train.optim import compute_lr, set_lr, set_training
+from fasternet.train.recipe import Recipe
+from fasternet.train.run import (
+    Run,
+    Say,
+    create_run,
+    explain_failed_write,
+    restore_run,
+    resume_run,
+    save_epoch,
+    save_run_state,
+    save_summary,
+    start_run,
+)
+from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
+from fasternet.train.watch import Watch, check_watchers, open_watchers
 
 GPU_READ_STEPS = 10  # losses are read in groups, as each reading makes a GPU wait
+NUM_NAMES = 8  # of pictures in a message
+ROLLBACK_FACTOR = 0.5
+
+
+class NotFiniteError(ValueError):
+    """A loss or a weight became infinite or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Progress:
         step: Steps of this epoch that are done.
         num_steps: Steps of an epoch.
         train_loss: Mean loss of this epoch so far.
+        images_per_second: Training pictures of all processes a second, since this epoch began or was resumed.
         values: The values of the epoch's record once it is written, else None.
     """
 
@@ -48,7 +64,27 @@ class Progress:
     step: int
     num_steps: int
     train_loss: float
+    images_per_second: float = 0.0
     values: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run tells to the outside, and asks it; only the main process tells.
+
+    Attributes:
+        progress: Called every few steps and after each epoch.
+        say: Called with a sentence about anything out of the ordinary.
+        stop: Asked every few steps: True saves the state and ends the run, in all processes.
+        save_minutes: Time between two states within an epoch.
+        watchers: Names for ``open_watchers``: ``tensorboard``, ``wandb``.
+    """
+
+    progress: Callable[[Progress], object] = lambda _: None
+    say: Say = lambda _: None
+    stop: Callable[[], bool] = lambda: False
+    save_minutes: float = 10.0
+    watchers: Sequence[str] = ()
 
 
 def train(
@@ -58,21 +94,26 @@ def train(
     *,
     recipe: Recipe,
     resume: bool = False,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
     model_options: Mapping[str, Any] | None = None,
     device: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    hooks: Hooks | None = None,
 ) -> Path:
-    """Train a network to classify pictures.
+    """Train a network to classify pictures; under ``torchrun``, with all its processes.
 
     Args:
-        model_name: One of ``list_models()``.
-        data: ``digits`` or the root of an ImageFolder tree.
-        output: The run folder; without ``resume`` it has to be new or empty.
+        model_name: One of ``list_models()``, or another network that ``rivals.create_network`` knows.
+        data: See ``create_datasets``.
+        output: The run folder; without ``resume`` it has to be new or empty. All processes have to see it.
         recipe: How to train.
         resume: Go on with the run in ``output``. On a CPU it ends bitwise as if it had never stopped.
-        model_options: Further arguments of ``create_model``.
+        checkpoint: Weights to start from: a model folder, a run folder or a weights file; the classifier is fresh where
+            they have another number of classes.
+        pretrained: Start from the published weights instead.
+        model_options: Further arguments of ``create_network``.
         device: ``cpu``, ``cuda`` ..., by default CUDA where there is a device.
-        progress: Called every few steps and after each epoch.
+        hooks: What the run tells and asks while it goes on.
 
     Returns:
         ``output``.
@@ -80,14 +121,28 @@ def train(
     Raises:
         FileExistsError: ``output`` holds something, and ``resume`` was not asked for.
         FileNotFoundError: There is no run to resume, or no data.
+        InterruptedError: ``hooks.stop`` asked for it; the state is saved.
         ValueError: An argument is wrong, the run to resume is another one, or the loss is not finite.
-        OSError: The run folder cannot be written; its last checkpoint is intact.
+        OSError: The run folder cannot be written (its last checkpoint is intact), or a loader's process died.
     """
+    check_watchers(hooks.watchers if hooks else ())
     target = select_device(device)
     recipe = dataclasses.replace(recipe, precision=select_precision(recipe.precision, target))
-    check_output(output, resume=resume)
-    task = create_classification(model_name, data, recipe=recipe, model_options=model_options or {}, device=target)
-    fit(task, output, recipe=recipe, resume=resume, progress=progress)
+    with explain_dead_worker(), join_world(target) as world:  # a second process may die while the first is explained
+        if world.is_main:
+            check_output(output, resume=resume)
+        broadcast(world, None)  # nobody begins before the folder has been looked at
+        task = create_classification(
+            model_name,
+            data,
+            recipe=recipe,
+            model_options=model_options or {},
+            device=target,
+            world=world,
+            checkpoint=None if resume else checkpoint,
+            pretrained=pretrained and not resume,
+        )
+        fit(task, output, recipe=recipe, resume=resume, hooks=hooks)
     return output
 
 
@@ -99,154 +154,203 @@ def check_output(output: Path, *, resume: bool) -> None:
         raise FileExistsError(f"{output} exists already; choose another output, or resume the run in it")
 
 
-def fit(
-    task: Task,
-    output: Path,
-    *,
-    recipe: Recipe,
-    resume: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> None:
-    """Train to the end of the recipe, from the start or from the last checkpoint; see ``train``."""
-    optimizer = create_optimizer(task.model, recipe)
-    num_done, best = _resume(task, optimizer, recipe, output) if resume else _start(task, recipe, output)
-    for epoch in range(num_done, recipe.epochs):
-        started = time.perf_counter()
-        values = _train_epoch(task, optimizer, recipe, epoch, progress)
-        task.model.eval()
-        with _autocast(task, recipe):
-            values |= task.evaluate(task.model)
-        values["seconds"] = time.perf_counter() - started
-        with _explain_failed_write(output, epoch):
-            best = _save_epoch(task, optimizer, output, epoch + 1, values, best)
-        if progress:
-            steps = task.num_steps
-            progress(Progress(epoch + 1, recipe.epochs, steps, steps, values["train_loss"], values))
-    with _explain_failed_write(output, recipe.epochs):
-        append_records(output / "log.jsonl", task.summarise(output))
-
-
-def _start(task: Task, recipe: Recipe, output: Path) -> tuple[int, float]:
-    append_records(output / "log.jsonl", [_describe_run(task, recipe)])
-    save_recipe(output / "recipe.yaml", recipe)  # from here on the run can be resumed
-    return 0, -math.inf
-
-
-def _resume(task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe, output: Path) -> tuple[int, float]:
-    """Load the last checkpoint, and cut from the log what was written after it."""
-    log, path = output / "log.jsonl", output / "last" / "state.pt"
-    records = load_records(log)
-    if not records or records[0].kind != "run":
-        raise ValueError(f"{log} does not begin with the record of a run: it cannot be resumed")
-    _check_same_run(records[0], _describe_run(task, recipe), output)
-    num_done, best = 0, -math.inf
-    if path.is_file():
-        state = load_state(path)
-        task.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        num_done, best = state["epoch"], state["best"]
-    temporary = output / "log.jsonl.tmp"
-    temporary.unlink(missing_ok=True)
-    append_records(temporary, [records[0], *(r for r in records if r.condition.get("epoch", math.inf) <= num_done)])
-    temporary.replace(log)
-    return num_done, best
-
-
-def _describe_run(task: Task, recipe: Recipe) -> Record:
-    condition = {**task.condition, **dataclasses.asdict(recipe)}
-    return create_record("train", "run", task.name, condition=condition, values=task.values)
-
-
-def _check_same_run(old: Record, new: Record, output: Path) -> None:
-    """Raise where a run to resume differs from what was asked for in anything that changes its result."""
-    facts = [{"model": r.subject, **r.condition, **r.values} for r in (old, new)]
-    was, wanted = json.loads(json.dumps(facts))  # as they look once they have been written
-    names = [name for name in wanted if name not in ("device", "num_workers") and was.get(name) != wanted[name]]
-    if names:
-        differences = ", ".join(f"{name}={was.get(name)}, not {wanted[name]}" for name in names)
-        raise ValueError(f"the run in {output} has {differences}; it can only be resumed as it was started")
-
-
-def _train_epoch(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    epoch: int,
-    progress: Callable[[Progress], None] | None,
-) -> dict[str, Any]:
-    """Train for an epoch, counted from 0, and return its share of the epoch's record."""
-    task.model.train()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    read_steps = 1 if task.device.type == "cpu" else GPU_READ_STEPS
-    unread: list[Tensor] = []
-    total_loss, num_images, started = 0.0, 0, time.perf_counter()
-    for step, batch in enumerate(task.batches(epoch)):
-        lr = compute_lr(recipe, epoch, step / task.num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seed_everything(recipe.seed, epoch, step)
-        with _autocast(task, recipe):
-            loss = task.loss(task.model, batch)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
-        optimizer.step()
-        unread.append(loss.detach())
-        num_images += len(batch[0])
-        if len(unread) == read_steps or step + 1 == task.num_steps:
-            losses = torch.stack(unread).tolist()
-            unread.clear()
-            _check_finite(losses, recipe, epoch, step + 1)
-            total_loss += sum(losses)
-            if progress:
-                progress(Progress(epoch + 1, recipe.epochs, step + 1, task.num_steps, total_loss / (step + 1)))
-    seconds = time.perf_counter() - started
-    return {"train_loss": total_loss / (step + 1), "lr": lr, "images_per_second": num_images / seconds}
-
-
-def _check_finite(losses: list[float], recipe: Recipe, epoch: int, num_steps: int) -> None:
-    """Raise where one of the losses is not finite; they are the last ones of ``num_steps`` steps."""
-    wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-    if not wrong:
-        return
-    remedies = [f"lr={recipe.lr / 4:g}"]
-    remedies += ["clip_grad=1"] if recipe.clip_grad is None or recipe.clip_grad > 1 else []
-    remedies += ["precision=fp32"] if recipe.precision != "fp32" else []
-    raise ValueError(
-        f"the loss became {losses[wrong[0]]} in step {num_steps - len(losses) + wrong[0] + 1} of epoch {epoch + 1}; "
-        f"train anew with {' or '.join(remedies)}; the last checkpoint is that of epoch {epoch}"
+def describe_plan(recipe: Recipe, world: World, num_steps: int) -> str:
+    """Return what a recipe comes to: the batch, the rate, the epochs."""
+    parts = world.size * recipe.accumulate
+    cut = f" = {world.size} processes x {recipe.accumulate} parts x {recipe.batch_size // parts}" if parts > 1 else ""
+    scaled = recipe.lr_batch_size not in (None, recipe.batch_size)
+    source = f" ({recipe.lr:g} for a batch of {recipe.lr_batch_size})" if scaled else ""
+    return (
+        f"batch {recipe.batch_size}{cut}, rate {recipe.effective_lr:g}{source}, "
+        f"{recipe.epochs} epochs of {num_steps} steps, {recipe.precision}"
     )
 
 
-def _save_epoch(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    output: Path,
-    num_done: int,
-    values: Mapping[str, Any],
-    best: float,
-) -> float:
-    """Write log and checkpoints, the resume state last: whatever is cut off before it is done again."""
-    record = create_record("train", "epoch", task.name, condition={"epoch": num_done}, values=values)
-    append_records(output / "log.jsonl", [record])
-    if values[task.metric] >= best:  # of equal epochs the later one, whose loss is lower as a rule
-        best = values[task.metric]
-        task.save(output / "best", task.model)
-    task.save(output / "last", task.model)
-    state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_state(output / "last" / "state.pt", {**state, "epoch": num_done, "best": best})
-    return best
+def fit(task: Task, output: Path, *, recipe: Recipe, resume: bool = False, hooks: Hooks | None = None) -> None:
+    """Train to the end of the recipe, from the start or from the last state; see ``train``."""
+    hooks = hooks if hooks and task.world.is_main else Hooks(stop=hooks.stop if hooks else Hooks.stop)
+    hooks.say(describe_plan(recipe, task.world, task.num_steps))
+    run = create_run(task, recipe, output)
+    if resume:
+        resume_run(run, hooks.say)
+        if run.step and (warning := task.describe_resume(run.step)):
+            hooks.say(warning)
+    else:
+        start_run(run)
+    with _watch(run, hooks.watchers) as watch, explain_lost_process(), explain_dead_worker():
+        while run.epoch < recipe.epochs:
+            try:
+                values = _train_epoch(run, hooks)
+            except NotFiniteError as error:
+                if run.num_rollbacks == recipe.rollbacks:
+                    raise
+                _roll_back(run, error, hooks.say)
+                continue
+            save_epoch(run, values)
+            watch(run.epoch, values)
+            _report(run, hooks, values["train_loss"], values["images_per_second"], values)
+    broadcast(task.world, None)  # nobody reads the best checkpoint before it is written
+    save_summary(run, task.summarise(output))
 
 
-@contextlib.contextmanager
-def _explain_failed_write(output: Path, num_done: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        kept = f"the checkpoint of epoch {num_done} is intact" if num_done else "no epoch has been saved"
-        raise OSError(f"cannot write to {output}: {error.strerror or error}; {kept}: make room and resume") from error
+def _watch(run: Run, names: Sequence[str]) -> contextlib.AbstractContextManager[Watch]:
+    if not run.world.is_main:
+        return contextlib.nullcontext(lambda epoch, values: None)
+    condition = {**run.task.condition, **dataclasses.asdict(run.recipe)}
+    return open_watchers(names, run.output, subject=run.task.name, condition=condition)
 
 
-def _autocast(task: Task, recipe: Recipe) -> torch.autocast:
-    return torch.autocast(task.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+def _train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
+    """Train to the end of an epoch, evaluate, and return the epoch's record."""
+    task, recipe = run.task, run.recipe
+    run.model.train()
+    set_training(task.model, recipe)
+    started = saved = time.perf_counter()
+    parts = iter(task.batches(run.epoch, run.step))
+    read_steps = 1 if task.device.type == "cpu" else GPU_READ_STEPS
+    losses: list[Tensor] = []
+    num_images, speed, lr = 0, 0.0, 0.0
+    for step in range(run.step, task.num_steps):
+        lr = run.lr_factor * compute_lr(recipe, run.epoch, step / task.num_steps)
+        set_lr(run.optimizer, lr)
+        loss, images = _take_step(run, step, parts)
+        losses.append(loss)
+        num_images += images * run.world.size
+        if len(losses) < read_steps and step + 1 < task.num_steps:
+            continue
+        stopped = _read_losses(run, losses, lr, hooks)
+        now = time.perf_counter()
+        speed = num_images / (now - started)
+        _report(run, hooks, run.loss_sum / run.step, speed)
+        if stopped or now - saved > 60 * hooks.save_minutes:
+            _save_within_epoch(run, stopped)
+            saved = now
+    lr = lr or run.lr_factor * compute_lr(recipe, run.epoch, 1 - 1 / task.num_steps)  # resumed after the last step
+    values: dict[str, Any] = {"train_loss": run.loss_sum / task.num_steps, "lr": lr, "images_per_second": speed}
+    if run.unreadable:
+        values["unreadable"] = list(run.unreadable)
+    values |= _evaluate(run)
+    return {**values, "seconds": time.perf_counter() - started}
+
+
+def _take_step(run: Run, step: int, parts: Iterator[Any]) -> tuple[Tensor, int]:
+    """Take a step of the optimizer; return this process's mean loss and its number of pictures."""
+    task, recipe = run.task, run.recipe
+    total, num_images = torch.zeros((), device=task.device), 0
+    run.optimizer.zero_grad()
+    for number in range(recipe.accumulate):
+        batch = next(parts)
+        num_images += len(batch[0])
+        seed_everything(recipe.seed, run.epoch, step, run.world.rank * recipe.accumulate + number)
+        with _keep_gradients(run.model, number + 1 < recipe.accumulate):
+            with autocast(task, recipe):
+                loss = task.loss(run.model, batch) / recipe.accumulate
+            run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if recipe.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(task.model.parameters(), recipe.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.average is not None:
+        run.average.update(task.model, step=run.epoch * task.num_steps + step)
+    return total, num_images
+
+
+def _read_losses(run: Run, losses: list[Tensor], lr: float, hooks: Hooks) -> bool:
+    """Add up the losses since the last reading, over all processes; return whether any of them is to stop."""
+    task, size = run.task, run.world.size
+    news = torch.tensor([float(hooks.stop()), float(len(task.unreadable))], device=task.device)
+    *sums, num_stops, num_unreadable = sum_over(run.world, torch.cat([torch.stack(losses), news])).tolist()
+    if num_unreadable:
+        _note_unreadable(run, hooks.say)
+    means = [value / size for value in sums]
+    for number, mean in enumerate(means):
+        if not math.isfinite(mean):
+            raise NotFiniteError(_explain_not_finite(run, mean, run.step + number, lr))
+    run.loss_sum += sum(means)
+    run.step += len(losses)
+    losses.clear()
+    return bool(num_stops)
+
+
+def _note_unreadable(run: Run, say: Say) -> None:
+    """Name the pictures that could not be read; raise where there are too many."""
+    for errors in gather(run.world, [str(error) for error in run.task.unreadable]):
+        for error in errors:
+            if error not in run.unreadable:
+                run.unreadable.append(error)
+                say(f"{error}; another picture takes its place ({len(run.unreadable)} of {run.recipe.max_unreadable})")
+    run.task.unreadable.clear()
+    if len(run.unreadable) > run.recipe.max_unreadable:
+        raise ValueError(
+            f"{len(run.unreadable)} training pictures cannot be read, more than max_unreadable="
+            f"{run.recipe.max_unreadable}; the last: {run.unreadable[-1]}"
+        )
+
+
+def _save_within_epoch(run: Run, stopped: bool) -> None:
+    # A step may have broken the weights without showing in its own loss: such a state must not replace a good one.
+    if run.world.is_main and _is_finite(run.task.model):
+        with explain_failed_write(run, run.epoch):
+            save_run_state(run)
+    if stopped:
+        raise InterruptedError(
+            f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.task.num_steps}; the state is saved"
+        )
+
+
+def _evaluate(run: Run) -> Mapping[str, Any]:
+    if not _is_finite(run.task.model):
+        raise NotFiniteError(f"the weights are not finite at the end of epoch {run.epoch + 1}{_advise(run)}")
+    network = run.trained.eval()
+    if run.world.size > 1:
+        for buffer in network.buffers():  # each process has moved its BN statistics by its own pictures
+            dist.broadcast(buffer, src=0)
+    with autocast(run.task, run.recipe):
+        return run.task.evaluate(network)
+
+
+def _roll_back(run: Run, error: NotFiniteError, say: Say) -> None:
+    factor, num_rollbacks = run.lr_factor * ROLLBACK_FACTOR, run.num_rollbacks + 1
+    restore_run(run, say)
+    run.lr_factor, run.num_rollbacks = factor, num_rollbacks
+    say(f"{error}; back to epoch {run.epoch + 1}, step {run.step}, at {factor:g} of the rate")
+
+
+def _explain_not_finite(run: Run, loss: float, step: int, lr: float) -> str:
+    names = [name for share in gather(run.world, run.task.names(run.epoch, step)) for name in share]
+    more = f" and {len(names) - NUM_NAMES} more" if len(names) > NUM_NAMES else ""
+    pictures = f", pictures {', '.join(names[:NUM_NAMES])}{more}" if names else ""
+    return f"the loss became {loss} in step {step + 1} of epoch {run.epoch + 1} at rate {lr:g}{pictures}{_advise(run)}"
+
+
+def _advise(run: Run) -> str:
+    recipe = run.recipe
+    remedies = [f"lr={recipe.lr / 4:g}"]
+    remedies += ["clip_grad=1"] if recipe.clip_grad is None or recipe.clip_grad > 1 else []
+    remedies += ["precision=fp32"] if recipe.precision != "fp32" else []
+    remedies += [] if recipe.rollbacks else ["rollbacks=3"]
+    return f"; train anew with {' or '.join(remedies)}; the last checkpoint is that of epoch {run.epoch}"
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def _report(run: Run, hooks: Hooks, train_loss: float, speed: float, values: Mapping[str, Any] | None = None) -> None:
+    epoch, step = (run.epoch, run.task.num_steps) if values else (run.epoch + 1, run.step)
+    hooks.progress(Progress(epoch, run.recipe.epochs, step, run.task.num_steps, train_loss, speed, values))
+
+
+def _keep_gradients(model: nn.Module, keep: bool) -> contextlib.AbstractContextManager[None]:
+    """Let a part of a step add its gradients up without sending them to the other processes yet."""
+    if keep and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def autocast(task: Task, recipe: Recipe) -> torch.autocast:
+    """Return the context in which the recipe's precision holds."""
+    dtype = torch.float16 if recipe.precision == "fp16" else torch.bfloat16
+    return torch.autocast(task.device.type, dtype, enabled=recipe.precision != "fp32")

@@ -1,6 +1,6 @@
-"""What a run needs to go on where it stopped: a file of weights, optimizer and epoch; random numbers by key.
+"""What a run needs to go on where it stopped: two files of weights, optimizer and position; random numbers by key.
 
-Every random number of a run follows from the seed and from where it is drawn (epoch, step, picture): no
+Every random number of a run follows from the seed and from where it is drawn (epoch, step, part, picture): no
 state of a generator has to be kept.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,56 @@ def seed_everything(*key: int) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a state atomically: killed at any moment, ``path`` holds the old one or the new one.
+    """Write a state and keep the one before it; killed at any moment, at least one of the two is whole.
 
     Raises:
-        OSError: The disk is full or not writable; ``path`` is what it was.
+        OSError: The disk is full or not writable; the states before are what they were.
     """
     buffer = io.BytesIO()  # torch.save into a file reports a full disk as an internal error
     torch.save(state, buffer)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(buffer.getbuffer())
+        if path.exists():
+            path.replace(_before(path))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote; no code in the file is run.
+    """Read one file that ``save_state`` wrote; no code in the file is run.
 
     Raises:
         ValueError: The file is damaged.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"checksum of {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[:1]
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        reason = str(e).strip().splitlines()[:1]
         raise ValueError(f"{path} is damaged and cannot be resumed from: {' '.join(reason)}") from None
     return state
+
+
+def load_last_state(path: Path, say: Callable[[str], object]) -> dict[str, Any] | None:
+    """Read the last state, or where it is damaged the one before it, and say so; None where none was saved.
+
+    Raises:
+        ValueError: Both are damaged.
+    """
+    files = [file for file in (path, _before(path)) if file.exists()]
+    for number, file in enumerate(files, start=1):
+        try:
+            return load_state(file)
+        except ValueError as error:
+            if number == len(files):
+                raise
+            say(f"{error}; going on from the state before it")
+    return None
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-before{path.suffix}")

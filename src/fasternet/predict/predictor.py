@@ -6,19 +6,22 @@ Legend: N = pictures in a batch, K = classes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasternet.data.images import ImageError, find_images, load_image
 from fasternet.data.transforms import Transform, create_transform
-from fasternet.deploy import optimize_for_inference
-from fasternet.models.checkpoint import Checkpoint, Preprocessing, load_checkpoint
+from fasternet.deploy import fold_batch_norm, optimize_for_inference
+from fasternet.models.checkpoint import Checkpoint, Preprocessing
 from fasternet.models.convert import identify_variant, read_state
+from fasternet.models.fasternet import FasterNet
 from fasternet.models.registry import create_model
+from fasternet.rivals import is_fasternet, load_network, load_rival, resolve_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +46,31 @@ class Predictor:
         transform: From a picture to a tensor (3, S, S).
         class_names: The K labels.
         batch_size: Pictures that go through the network at once.
+        fingerprint: A hash of weights, classes and preprocessing.
     """
 
     logits_fn: Callable[[Tensor], Tensor]
     transform: Transform
     class_names: Sequence[str]
     batch_size: int = 16
+    fingerprint: str = ""
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Path | Checkpoint, *, engine: str = "eager", batch_size: int = 16
+        cls,
+        checkpoint: Path | Checkpoint,
+        *,
+        engine: str = "eager",
+        batch_size: int = 16,
+        device: torch.device | str = "cpu",
     ) -> Predictor:
         """Make a predictor of trained weights, optimised for inference.
 
         Args:
-            checkpoint: A model folder or a run folder, or what ``load_checkpoint`` or ``load_weights`` returned.
-            engine: See ``optimize_for_inference``.
+            checkpoint: A model folder or a run folder, or what ``load_network`` or ``load_weights`` returned.
+            engine: See ``create_inference_model``.
             batch_size: Pictures that go through the network at once.
+            device: Where the network computes.
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
@@ -68,12 +79,14 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = load_checkpoint(Path(checkpoint))
+            checkpoint = load_network(Path(checkpoint))
+        network = create_inference_model(checkpoint, batch_size=batch_size, engine=engine).to(device)
         return cls(
-            optimize_for_inference(checkpoint.model, batch_size=batch_size, engine=engine),
+            lambda images: network(images.to(device)).cpu(),
             create_transform(checkpoint.preprocessing, training=False),
-            checkpoint.class_names or _name_classes(checkpoint.model.config.num_classes),
+            checkpoint.class_names or _name_classes(checkpoint.num_classes),
             batch_size,
+            _hash_checkpoint(checkpoint),
         )
 
     def __call__(
@@ -114,7 +127,7 @@ class Predictor:
         readable = self._read(paths, on_error)
         while batch := list(itertools.islice(readable, self.batch_size)):
             images = torch.stack([image for _, image in batch])  # (N, 3, S, S)
-            for (path, _), top in zip(batch, self._classify(images, top_k), strict=True):
+            for (path, _), top in zip(batch, self.classify(images, top_k), strict=True):
                 yield Prediction(path, top)
 
     def _read(
@@ -129,7 +142,8 @@ class Predictor:
                 on_error(error)
 
     @torch.inference_mode()
-    def _classify(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+    def classify(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+        """Return the (label, probability) of the best classes of each transformed picture of a batch (N, 3, S, S)."""
         logits = self.logits_fn(images).float()  # (N, K)
         if not logits.isfinite().all():
             raise ValueError("the network's outputs are not finite: its weights are damaged or did not converge")
@@ -140,16 +154,38 @@ class Predictor:
         ]
 
 
+def create_inference_model(checkpoint: Checkpoint, *, batch_size: int = 1, engine: str = "eager") -> nn.Module:
+    """Return a new model that computes the function of a checkpoint's network faster.
+
+    Args:
+        checkpoint: Of a FasterNet, which ``optimize_for_inference`` optimises, or of another network: its BN is folded.
+        batch_size: What the model will mostly be run with.
+        engine: See ``optimize_for_inference``; other networks have ``"eager"`` alone.
+
+    Raises:
+        ValueError: The engine is not known.
+    """
+    model = checkpoint.model.eval()
+    if isinstance(model, FasterNet):
+        return optimize_for_inference(model, batch_size=batch_size, engine=engine)
+    if engine != "eager":
+        raise ValueError(f"engine {engine!r} is for FasterNets; {checkpoint.name} has the engine eager alone")
+    size, channels = checkpoint.preprocessing.input_size, len(checkpoint.preprocessing.mean)
+    device = next(model.parameters()).device
+    return fold_batch_norm(model, torch.zeros(1, channels, size, size, device=device)).requires_grad_(False)
+
+
 def load_weights(model: str | None = None, checkpoint: Path | None = None) -> Checkpoint:
     """Load trained weights of any kind; never random ones.
 
     Args:
-        model: Name of the network. Alone, it stands for the published ImageNet weights of that network.
-        checkpoint: A model folder, a run folder, or a weights file in any format that ``create_model`` reads.
+        model: Name of the network: a FasterNet, a rival, or timm's. Alone, it stands for its published weights.
+        checkpoint: A model folder, a run folder, or a weights file: of a FasterNet in any format that
+            ``create_model`` reads, of another network with its own keys.
 
     Returns:
-        The network in evaluation mode. A weights file says nothing of classes and transform: the paper's evaluation
-        at 224 pixels is assumed.
+        The network in evaluation mode. A weights file says nothing of classes and transform: assumed is the paper's
+        evaluation at 224 pixels, for other networks that of the library that keeps them.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -157,8 +193,8 @@ def load_weights(model: str | None = None, checkpoint: Path | None = None) -> Ch
         ConnectionError: The published weights cannot be downloaded.
     """
     if checkpoint is not None and checkpoint.is_dir():
-        found = load_checkpoint(checkpoint)
-        if model not in (None, found.name):
+        found = load_network(checkpoint)
+        if model is not None and _spell(model) != found.name:
             raise ValueError(f"checkpoint {checkpoint} holds {found.name}, not {model}")
         return found
     if checkpoint is not None and model is None:
@@ -169,8 +205,15 @@ def load_weights(model: str | None = None, checkpoint: Path | None = None) -> Ch
             raise ValueError(f"{checkpoint}: {error}") from None
     if model is None:
         raise ValueError("name a network, for its published weights, or a checkpoint")
+    if not is_fasternet(model):
+        return load_rival(model, checkpoint)
     network = create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
     return Checkpoint(name=model, model=network.eval(), class_names=None, preprocessing=Preprocessing())
+
+
+def _spell(name: str) -> str:
+    """Return the name that checkpoints bear for a name that users write."""
+    return name.partition(".")[0] if is_fasternet(name) else resolve_network(name).name
 
 
 def _name_classes(num_classes: int) -> Sequence[str]:
@@ -181,3 +224,10 @@ def _name_classes(num_classes: int) -> Sequence[str]:
         names: list[str] = ImageNetInfo().label_descriptions()
         return names
     return [str(label) for label in range(num_classes)]
+
+
+def _hash_checkpoint(checkpoint: Checkpoint) -> str:
+    digest = hashlib.sha256(repr((checkpoint.name, checkpoint.class_names, checkpoint.preprocessing)).encode())
+    for tensor in checkpoint.model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

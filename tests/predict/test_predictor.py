@@ -9,13 +9,13 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from fasternet import predict
 from fasternet.cli.predict import predict as predict_command
 from fasternet.data.images import ImageError, load_image
 from fasternet.data.transforms import create_transform
-from fasternet.models.checkpoint import Preprocessing, load_checkpoint, save_checkpoint
+from fasternet.models.checkpoint import Checkpoint, Preprocessing, load_checkpoint, save_checkpoint
 from fasternet.models.registry import create_model
-from fasternet.predict import Predictor, load_weights
+from fasternet.predict import Predictor, create_inference_model, load_weights
+from fasternet.rivals import create_network, load_network, randomize_batch_norm, save_network
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -57,7 +57,7 @@ def run(*arguments: object):
 
 
 def compute_expected(folder: Path, path: Path) -> torch.Tensor:
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_network(folder)
     image = create_transform(checkpoint.preprocessing, training=False)(load_image(path))
     with torch.inference_mode():
         return checkpoint.model(image[None]).softmax(dim=1)[0]
@@ -110,9 +110,32 @@ def test_outputs_that_are_not_finite_are_refused(pictures) -> None:
 @pytest.mark.parametrize(("num_classes", "first", "last"), [(1000, "tench", "toilet tissue"), (3, "0", "2")])
 def test_classes_without_names_get_them(num_classes: int, first: str, last: str) -> None:
     model = create_model("fasternet_t0", width=8, head_width=8, num_classes=num_classes)
-    checkpoint = predict.Checkpoint(name="fasternet_t0", model=model, class_names=None, preprocessing=Preprocessing())
+    checkpoint = Checkpoint(name="fasternet_t0", model=model, class_names=None, preprocessing=Preprocessing())
     names = Predictor.from_checkpoint(checkpoint).class_names
     assert (names[0].split(",")[0], names[-1].split(",")[0], len(names)) == (first, last, num_classes)
+
+
+def test_rival_is_predicted_from_its_folder_and_its_file_with_bn_folded(pictures, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = create_network("MobileNetV2", num_classes=4)
+    randomize_batch_norm(model, torch.randn(4, 3, 64, 64))
+    save_network(
+        tmp_path, model.eval(), name="MobileNetV2", class_names=NAMES, preprocessing=Preprocessing(input_size=64)
+    )
+    checkpoint = load_weights("mobilenetv2_100", tmp_path)
+    network = create_inference_model(checkpoint)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    expected = compute_expected(tmp_path, pictures[0])
+    (found,) = Predictor.from_checkpoint(checkpoint)(pictures[:1], top_k=4)
+    assert [label for label, _ in found.top] == [NAMES[index] for index in expected.argsort(descending=True)]
+    assert [value for _, value in found.top] == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
+    file = load_weights("MobileNetV2", tmp_path / "model.safetensors")
+    assert (file.num_classes, file.preprocessing.crop_ratio, file.class_names) == (4, 0.875, None)
+    assert torch.equal(file.model.classifier.weight, model.classifier.weight)
+    with pytest.raises(ValueError, match=r"holds MobileNetV2, not resnet18$"):
+        load_weights("resnet18", tmp_path)
+    with pytest.raises(ValueError, match="engine 'gpu' is for FasterNets; MobileNetV2 has the engine eager alone"):
+        create_inference_model(checkpoint, engine="gpu")
 
 
 def test_load_weights_recognises_the_network_of_a_file(tmp_path) -> None:
@@ -126,7 +149,12 @@ def test_load_weights_recognises_the_network_of_a_file(tmp_path) -> None:
 def test_load_weights_alone_takes_the_published_ones(monkeypatch) -> None:
     narrow = create_model("fasternet_t0", width=8, head_width=8)
     calls = []
-    monkeypatch.setattr(predict, "create_model", lambda *args, **kwargs: calls.append((args, kwargs)) or narrow)
+
+    def create(*args, **kwargs):
+        calls.append((args, kwargs))
+        return narrow
+
+    monkeypatch.setattr("fasternet.predict.predictor.create_model", create)
     assert load_weights("fasternet_t1").model is narrow
     assert calls == [(("fasternet_t1",), {"pretrained": True, "checkpoint_path": None})]
 
@@ -189,7 +217,7 @@ def test_command_without_weights_uses_the_published_ones_or_fails(monkeypatch, p
         assert (name, kwargs["pretrained"]) == ("fasternet_t0", True)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(predict, "create_model", refuse)
+    monkeypatch.setattr("fasternet.predict.predictor.create_model", refuse)
     result = run(pictures[0])
     assert result.exit_code == 1
     assert isinstance(result.exception, ConnectionError)

@@ -1,0 +1,143 @@
+"""``fasternet data``: looks at a folder of pictures before a long run, and packs it into shards."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fasternet.cli._common import note, print_json, print_table, track
+
+if TYPE_CHECKING:
+    from fasternet.data.check import Check
+
+MAX_CLASSES = 40  # that are printed one by one
+NUM_EXTREME = 10  # classes with the most and with the fewest pictures, where there are more
+NUM_EXAMPLES = 5  # findings of a kind, and
+NUM_ERRORS = 50  # of what training would trip over
+
+data = typer.Typer(help="Look at data sets, and pack them into shards.", no_args_is_help=True)
+
+
+@data.command("check")
+def check(
+    folder: Annotated[Path, typer.Argument(help="With train and val in it, or with a folder per class.")],
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder for records and a page of thumbnails.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Look at every picture: classes, sizes, what cannot be read, what is odd, what is there twice.
+
+    Equal pictures are found by their pixels, whatever the format and metadata of their files. The exit status is 1
+    where training would trip over something: a picture that cannot be read, or a folder that it refuses.
+
+    Example: fasternet data check flowers -o outputs/flowers-check
+    """
+    from fasternet.data.check import check_data, save_check
+
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output {output} holds something already: name a new folder")
+    found = check_data(
+        folder, num_workers=num_workers, watch=lambda scans, total: track(scans, total, "reading pictures")
+    )
+    if json:
+        print_json(found.values())
+    else:
+        _print_tables(found)
+    if output is not None:
+        from fasternet.report import create_report
+
+        page = create_report([save_check(found, folder, output)], output / "check.html")
+        (note if json else typer.echo)(str(page))
+    if found.errors:
+        raise typer.Exit(1)
+
+
+@data.command("pack")
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder of pictures: with train and val, or a folder per class.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the shards.")],
+    *,
+    images_per_shard: Annotated[int, typer.Option(min=1, help="The last shard of a split may hold fewer.")] = 1000,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 2,
+    seed: Annotated[int, typer.Option(help="Decides the order in which pictures are packed, and the split.")] = 0,
+) -> None:
+    """Pack pictures into tar shards that are read in sequence, from a disk or an address; their files stay as they are.
+
+    Example: fasternet data pack imagenet imagenet-shards --images-per-shard 1000
+    """
+    from fasternet.data.packing import pack_shards
+
+    with _show_progress("packing") as progress:
+        packed = pack_shards(
+            source,
+            output,
+            images_per_shard=images_per_shard,
+            seed=seed,
+            num_workers=num_workers,
+            progress=progress,
+        )
+    if errors := packed.unreadable:
+        more = [f"... and {len(errors) - NUM_ERRORS} more"] if len(errors) > NUM_ERRORS else []
+        note("\n".join([f"left out, as they cannot be read: {len(errors)}", *errors[:NUM_ERRORS], *more]))
+    print_table(
+        ("training pictures", "validation pictures", "shards", "left out"),
+        [(packed.num_train, packed.num_validation, packed.num_shards, len(errors))],
+    )
+    typer.echo(str(packed.output))
+
+
+@contextlib.contextmanager
+def _show_progress(description: str) -> Iterator[Callable[[int, int], object] | None]:
+    """Give a function of the numbers done and in all that moves a bar; None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_tables(found: Check) -> None:
+    values = found.values()
+    _print_classes(values["splits"], values["imbalance"])
+    print_table(("shorter side", "pictures"), list(values["sides"].items()))
+    print_table(("format", "pictures"), list(values["formats"].items()))
+    for kind, entry in values["kinds"].items():
+        members = [finding for finding in found.findings if finding.kind == kind]
+        limit = NUM_ERRORS if members[0] in found.errors else NUM_EXAMPLES
+        more = f", {limit} of {entry['count']:,}" if entry["count"] > limit else f": {entry['count']:,}"
+        rows = [(finding.remark, "  ".join(finding.paths)) for finding in members[:limit]]
+        typer.echo(f"{kind}: {entry['meaning']}{more}")
+        print_table(("detail", "files"), rows)
+    num_notes = len(found.findings) - len(found.errors)
+    typer.echo(
+        f"{found.name}: {found.num_images:,} pictures, {values['num_classes']:,} classes; "
+        f"training would trip over {len(found.errors):,} of {len(found.errors) + num_notes:,} findings"
+    )
+
+
+def _print_classes(splits: dict[str, dict[str, int]], imbalance: dict[str, float]) -> None:
+    totals: dict[str, int] = {}
+    for counts in splits.values():
+        for name, count in counts.items():
+            totals[name] = totals.get(name, 0) + count
+    names = sorted(totals)
+    if len(names) > MAX_CLASSES:
+        ordered = sorted(totals, key=lambda name: -totals[name])
+        names = ordered[:NUM_EXTREME] + ordered[-NUM_EXTREME:]
+        typer.echo(f"the {NUM_EXTREME} largest and {NUM_EXTREME} smallest of {len(totals)} classes (--json lists all)")
+    rows: list[tuple[object, ...]] = [(name, *(counts.get(name) for counts in splits.values())) for name in names]
+    rows.append(("all classes", *(sum(counts.values()) for counts in splits.values())))
+    rows.append(("largest by smallest class", *(imbalance.get(split) for split in splits)))
+    print_table(("class", *splits), rows)

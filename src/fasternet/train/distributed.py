@@ -1,0 +1,100 @@
+"""Several processes as one: ``torchrun`` starts them, this module joins them (gloo on CPUs, NCCL on GPUs)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: How many there are.
+        local_rank: Number of this process on its machine: the GPU that it takes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join_world(device: torch.device | None = None) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started; without it the world is this process alone.
+
+    Args:
+        device: Where the processes compute: NCCL connects them on CUDA, gloo on the CPU.
+
+    Raises:
+        ValueError: The environment that ``torchrun`` sets is incomplete, or no number.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        yield World()
+        return
+    try:
+        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be set to numbers, as torchrun does: {error}") from None
+    on_gpu = device is not None and device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Say in one sentence that another process of the run is gone.
+
+    Raises:
+        OSError: It is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())[-120:]
+        raise OSError(f"another process of the run is gone ({reason}): see what it said, then resume") from None
+
+
+def broadcast(world: World, value: T) -> T:
+    """Return the main process's value in every process."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Return the values of all processes, by rank, in every process."""
+    if world.size == 1:
+        return [value]
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def sum_over(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over all processes, in place, and return it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor

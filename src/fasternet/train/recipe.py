@@ -1,0 +1,220 @@
+"""A recipe: every number that a training run depends on, as checked data on disk (the fields of Table 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fasternet.train.fields import describe_type, has_type, parse_value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained; the run folder's ``recipe.yaml`` holds exactly these fields.
+
+    Attributes:
+        epochs: Passes over the training pictures.
+        batch_size: Pictures of one step of the optimizer, over all processes and parts; even where they are mixed.
+        accumulate: Parts that each process computes a step in, one after the other, to save memory.
+        lr: Learning rate at its peak.
+        lr_batch_size: Batch that ``lr`` is meant for: the rate grows and falls with ``batch_size``. None: it does not.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_lr: Learning rate that the linear warm-up starts from.
+        warmup_epochs: Length of the warm-up.
+        lr_schedule: The rate changes every ``step``, or every ``epoch`` as in the paper.
+        layer_decay: Factor of the rate from each layer to the one below it, for fine-tuning; None: one rate for all.
+        weight_decay: AdamW's, on every parameter as in the published training.
+        clip_grad: Largest norm of the gradient, or None.
+        label_smoothing: Share of the target that is spread over all classes.
+        mixup: Alpha of mixup; 0 turns it off.
+        cutmix: Alpha of cutmix; 0 turns it off. With both on, a batch gets either with equal chance.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        ema_decay: Decay a step of the moving average of the weights, which is evaluated and saved; None: no average.
+        freeze: Stages, from the first, that stay as they are, the embedding with them.
+        batch_norm: Its statistics are those of a part (``train``), of all processes' parts (``sync``: GPUs), or the
+            stored ones, which then stay (``frozen``).
+        teacher: Network to distil: a model or run folder, or a name of timm's for its published weights; or None.
+        distillation: Learn the teacher's probabilities (``soft``) or its decision (``hard``), as DeiT does.
+        distillation_alpha: Weight of the teacher's part of the loss.
+        distillation_tau: Temperature of ``soft``.
+        input_size: Side of the pictures that the network sees, in pixels.
+        train_size: Their side in training until the last ``full_size_epochs``; None: ``input_size``.
+        full_size_epochs: Epochs at the end that train at ``input_size``.
+        crop_ratio: In evaluation the central share of the resized picture that is kept.
+        random_resized_crop: Smallest and largest area of the random crop in training.
+        flip: Mirror half of the training pictures.
+        rand_augment: RandAugment as timm spells it, for example ``rand-m3-mstd0.5-inc1``, or None.
+        precision: ``fp32``, ``bf16``, ``fp16`` (autocast), or ``auto``: bf16 where the device has it, fp16 on other
+            GPUs.
+        channels_last: Keep activations in NHWC order.
+        compile: Let torch.compile make the network's kernels.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        num_workers: Processes that load pictures, at most one a core; the result does not depend on it.
+        max_unreadable: Training pictures that cannot be read, over the whole run, before it stops.
+        rollbacks: How often a loss that is not finite sends the run back to its last state, at half the rate.
+        seed: Of the weights, the order, the augmentation and the mixing.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int = 1
+    lr: float
+    lr_batch_size: int | None = None
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_epochs: int
+    lr_schedule: Literal["step", "epoch"] = "step"
+    layer_decay: float | None = None
+    weight_decay: float
+    clip_grad: float | None = 1.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path_rate: float = 0.0
+    ema_decay: float | None = None
+    freeze: int = 0
+    batch_norm: Literal["train", "sync", "frozen"] = "train"
+    teacher: str | None = None
+    distillation: Literal["soft", "hard"] = "soft"
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.0
+    input_size: int
+    train_size: int | None = None
+    full_size_epochs: int = 0
+    crop_ratio: float = 0.9
+    random_resized_crop: tuple[float, float]
+    flip: bool
+    rand_augment: str | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    grad_checkpointing: bool = False
+    num_workers: int = 0
+    max_unreadable: int = 10
+    rollbacks: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, hint in _HINTS.items():
+            if not has_type(getattr(self, name), hint):
+                raise ValueError(f"recipe field {name}={getattr(self, name)!r} must be {describe_type(hint)}")
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"recipe field {name}={value} must be {allowed}")
+        smallest, largest = self.random_resized_crop
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"recipe field random_resized_crop={smallest},{largest} must rise within (0, 1]")
+        if self.batch_size % 2 and (self.mixup or self.cutmix):
+            raise ValueError(f"recipe field batch_size={self.batch_size} must be even for mixup and cutmix")
+
+    @property
+    def effective_lr(self) -> float:
+        """Peak of the learning rate at this batch size."""
+        return self.lr * self.batch_size / (self.lr_batch_size or self.batch_size)
+
+    def size_of(self, epoch: int) -> int:
+        """Return the side of the training pictures of an epoch, counted from 0."""
+        late = epoch >= self.epochs - self.full_size_epochs
+        return self.input_size if late or self.train_size is None else self.train_size
+
+
+_HINTS = typing.get_type_hints(Recipe)
+_TINY = 1e-12
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "epochs": (1, math.inf),
+    "batch_size": (2, math.inf),
+    "accumulate": (1, math.inf),
+    "lr": (_TINY, 100.0),
+    "lr_batch_size": (1, math.inf),
+    "min_lr": (0.0, 100.0),
+    "warmup_lr": (0.0, 100.0),
+    "warmup_epochs": (0, math.inf),
+    "layer_decay": (_TINY, 1.0),
+    "weight_decay": (0.0, 100.0),
+    "clip_grad": (_TINY, 1e6),
+    "label_smoothing": (0.0, 0.99),
+    "mixup": (0.0, 100.0),
+    "cutmix": (0.0, 100.0),
+    "drop_path_rate": (0.0, 0.99),
+    "ema_decay": (0.0, 1.0),
+    "freeze": (0, 4),
+    "distillation_alpha": (0.0, 1.0),
+    "distillation_tau": (_TINY, 100.0),
+    "input_size": (1, 16384),
+    "train_size": (1, 16384),
+    "full_size_epochs": (0, math.inf),
+    "crop_ratio": (0.05, 1.0),
+    "num_workers": (0, 1024),
+    "max_unreadable": (0, math.inf),
+    "rollbacks": (0, 100),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def parse_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """Change fields of a recipe from text.
+
+    Args:
+        recipe: The recipe to start from; it stays as it is.
+        overrides: Each ``field=value``; ``none`` where the field allows it, two numbers as ``0.3,1``.
+
+    Raises:
+        ValueError: A field does not exist (near names are offered), or its value has another type or range.
+    """
+    changes = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"recipe change {override!r} must read field=value")
+        if name not in _HINTS:
+            raise ValueError(_unknown_field(name))
+        try:
+            changes[name] = parse_value(text, _HINTS[name])
+        except ValueError as error:
+            raise ValueError(f"recipe field {name}={text} {error}") from None
+    return dataclasses.replace(recipe, **changes)
+
+
+def save_recipe(path: Path, recipe: Recipe) -> None:
+    """Write a recipe as YAML."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
+    }
+    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read what ``save_recipe`` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a recipe; the message names the field.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no fields")
+        if unknown := [name for name in content if name not in _HINTS]:
+            raise ValueError(_unknown_field(str(unknown[0])))
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return Recipe(**fields)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
+
+
+def _unknown_field(name: str) -> str:
+    near = difflib.get_close_matches(name, _HINTS, n=3, cutoff=0.5)
+    return f"recipe has no field {name!r}; " + (
+        f"did you mean {' or '.join(near)}?" if near else f"its fields are {', '.join(_HINTS)}"
+    )

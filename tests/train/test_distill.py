@@ -1,0 +1,88 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from fasternet.models.checkpoint import save_checkpoint
+from fasternet.models.registry import create_model
+from fasternet.train.distill import compute_distillation, create_teacher
+from fasternet.train.loop import train
+from fasternet.train.recipe import Recipe
+
+TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
+STUDENT = torch.tensor([[2.0, -1.0, 0.0], [0.5, 0.0, 0.3]])
+TEACHER = torch.tensor([[1.0, 1.5, -2.0], [0.0, 3.0, 0.1]])
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    model = create_model("fasternet_t0", num_classes=2, **TINY_MODEL)
+    model(torch.randn(8, 3, 32, 32))
+    save_checkpoint(tmp_path / "teacher", model, name="fasternet_t0", class_names=("bright", "dark"))
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_soft_distillation_is_the_scaled_divergence(recipe: Recipe, tau: float) -> None:
+    recipe = dataclasses.replace(recipe, distillation="soft", distillation_alpha=0.3, distillation_tau=tau)
+    student, teacher = (STUDENT / tau).softmax(1), (TEACHER / tau).softmax(1)
+    divergence = (teacher * (teacher / student).log()).sum()
+    expected = 0.7 * 1.25 + 0.3 * divergence * tau**2 / 6
+    torch.testing.assert_close(compute_distillation(recipe, torch.tensor(1.25), STUDENT, TEACHER), expected)
+
+
+def test_hard_distillation_is_the_cross_entropy_with_the_teacher_s_choice(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, distillation="hard", distillation_alpha=0.3)
+    hard = -STUDENT.log_softmax(1)[[0, 1], [1, 1]].mean()
+    expected = 0.7 * 1.25 + 0.3 * hard
+    torch.testing.assert_close(compute_distillation(recipe, torch.tensor(1.25), STUDENT, TEACHER), expected)
+
+
+def test_teacher_stays_as_it_is_and_out_of_the_checkpoint(
+    recipe: Recipe, pictures: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watch(recipe: Recipe, num_classes: int):
+        seen.append(create_teacher(recipe, num_classes))
+        return seen[-1]
+
+    monkeypatch.setattr("fasternet.train.classification.create_teacher", watch)
+    outputs = {}
+    for name, fields in {"plain": {}, "soft": {"teacher": str(teacher)}}.items():
+        changed = dataclasses.replace(recipe, epochs=1, **fields)
+        train("fasternet_t0", str(pictures), tmp_path / name, recipe=changed, model_options=TINY_MODEL, device="cpu")
+        outputs[name] = safetensors.torch.load_file(tmp_path / name / "last" / "model.safetensors")
+    assert seen[0] is None
+    assert not seen[1].training
+    assert not any(parameter.requires_grad for parameter in seen[1].parameters())
+    fresh = create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), 2)
+    torch.testing.assert_close(seen[1].state_dict(), fresh.state_dict(), rtol=0, atol=0)
+    assert set(outputs["plain"]) == set(outputs["soft"])
+    assert not torch.equal(outputs["plain"]["classifier.weight"], outputs["soft"]["classifier.weight"])
+
+
+def test_teacher_of_other_classes_is_refused(recipe: Recipe, teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher=.*teacher has 2 classes, the data 5"):
+        create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), 5)
+
+
+def test_teacher_may_be_any_network_of_timm(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    asked = []
+    original = timm.create_model
+
+    def create(name: str, pretrained: bool, **options):
+        asked.append((name, pretrained))
+        return original(name, pretrained=False, **options)
+
+    monkeypatch.setattr("timm.create_model", create)
+    network = create_teacher(dataclasses.replace(recipe, teacher="mobilenetv2_050", input_size=32), 1000)
+    assert asked == [("mobilenetv2_050", True)]
+    assert not network.training
+    with pytest.raises(ValueError, match="unknown network 'regnety_16'"):
+        create_teacher(dataclasses.replace(recipe, teacher="regnety_16"), 1000)
