@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,32 @@ def find_commands(page):
     return [line.split("  #")[0].strip() for line in [*lines, *inline] if line.startswith("fasternet ")]
 
 
+def find_script_commands(script):
+    """Return the ``fasternet`` lines of a shell script, its variables replaced by a number."""
+    text = (
+        script.read_text(encoding="utf-8")
+        .replace("\\\n", " ")
+        .replace('"${resume[@]}"', "--resume")
+        .replace('"$@"', "")
+    )
+    text = re.sub(r'"[^"\n]*\$[^"\n]*"(/\*|/[a-z-]+\*)?|\$[a-z]+', "1", text)
+    lines = [line.partition("#")[0].strip().removesuffix("&") for line in text.splitlines()]
+    return [line[line.index("fasternet ") :] for line in lines if re.search(r"(^|-m\s+)fasternet [a-z]", line)]
+
+
+SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 COMMANDS = [(page.name, command) for page in PAGES for command in find_commands(page)]
+COMMANDS += [(script.name, command) for script in SCRIPTS for command in find_script_commands(script)]
 
 
 def test_pages_hold_commands():
-    assert len(COMMANDS) > 25
+    assert len(COMMANDS) > 50
+    assert {name for name, _ in COMMANDS if name.endswith(".sh")} == {script.name for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_script_is_shell(script):
+    subprocess.run(["bash", "-n", script], check=True)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)

@@ -75,7 +75,7 @@ def test_options_of_the_network_reach_it(create) -> None:
 
 
 def test_size_of_pictures_grows_for_the_last_epochs(create) -> None:
-    task = create(train_size=32, input_size=48, full_size_epochs=1, epochs=2)
+    task = create(train_scale=2 / 3, input_size=48, full_size_epochs=1, epochs=2)
     assert [next(iter(task.batches(epoch)))[0].shape[-1] for epoch in (0, 1, 0)] == [32, 48, 32]
     assert task.preprocessing.input_size == 48
     assert task.datasets.validation[0][0].shape == (3, 48, 48)

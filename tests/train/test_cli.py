@@ -55,7 +55,7 @@ def test_train_prints_the_run_folder_last(trained: tuple[Path, Result]) -> None:
 def test_train_takes_the_small_recipe_and_what_was_changed_of_it(trained: tuple[Path, Result]) -> None:
     recipe = load_recipe(trained[0] / "recipe.yaml")
     assert (recipe.epochs, recipe.batch_size, recipe.input_size, recipe.precision) == (1, 8, 32, "fp32")
-    assert (recipe.lr, recipe.clip_grad) == (3e-4, 1.0)
+    assert (recipe.lr, recipe.clip_grad) == (4e-4, 1.0)
 
 
 def test_train_resumes_without_repeating_the_recipe(trained: tuple[Path, Result], pictures: Path) -> None:

@@ -36,8 +36,8 @@ if fatal := os.environ.get("FATAL_EPOCH"):
             os._exit(9)
     hooks = Hooks(progress=die)
 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-train("fasternet_t0", data, Path(output), recipe=recipe, model_options=options, device="cpu", hooks=hooks,
-      resume=restarted)
+train("fasternet_t0", data, Path(output), recipe=recipe, model_options=options, hooks=hooks, resume=restarted,
+      device=os.environ.get("DEVICE", "cpu"))
 if os.environ.get("RANK", "0") == "0":
     Path(output, "losses.json").write_text(json.dumps(losses))
 """
@@ -117,6 +117,14 @@ def test_two_nodes_give_the_losses_of_one_process(launch) -> None:
     texts = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     torch.testing.assert_close(load_losses(one.with_name("two")), load_losses(one), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: SyncBatchNorm has no CPU form")
+def test_two_gpus_with_shared_statistics_give_the_losses_of_one(launch) -> None:
+    one = launch("one", norm="bn", DEVICE="cuda")
+    two = launch("two", "batch_norm=sync", norm="bn", torchrun=TWO, DEVICE="cuda")
+    torch.testing.assert_close(load_losses(two), load_losses(one), rtol=1e-4, atol=0)
 
 
 def test_command_under_torchrun_speaks_once(pictures: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
 def recipe(recipe: Recipe) -> Recipe:
     """Everything that a state holds is on; three steps of two parts an epoch."""
     return dataclasses.replace(
-        recipe, epochs=2, batch_size=6, accumulate=1, mixup=0.0, cutmix=0.0, ema_decay=0.9, train_size=40,
+        recipe, epochs=2, batch_size=6, mixup=0.0, cutmix=0.0, ema_decay=0.9, input_size=40, train_scale=0.8,
         full_size_epochs=1,
     )  # fmt: skip
 

@@ -93,6 +93,9 @@ def test_size_of_training_pictures_changes_for_the_last_epochs() -> None:
     assert [recipe.size_of(epoch) for epoch in (0, 279, 280, 299)] == [192, 192, 224, 224]
     recipe = parse_overrides(RECIPES["digits"], ["input_size=48"])
     assert {recipe.size_of(epoch) for epoch in range(recipe.epochs)} == {48}
+    for size, small in ((256, 192), (40, 32), (24, 24)):
+        recipe = parse_overrides(RECIPES["small"], [f"input_size={size}"])
+        assert (recipe.size_of(0), recipe.size_of(recipe.epochs - 1)) == (small, size)
 
 
 ALL = [*PAPER_RECIPES.values(), *RECIPES.values()]

@@ -17,7 +17,7 @@ COMMANDS = (
     ("Table 3", "networks: latency", "fasternet bench networks"),
     ("Table 3", "networks: top-1 on ImageNet", "fasternet eval fasternet_t0 --data IMAGENET"),
     ("Table 6", "training recipes", "fasternet reproduce table6"),
-    ("Table 6", "training on ImageNet", "sh runs/imagenet_8gpus.sh"),
+    ("Table 6", "training on ImageNet", "bash runs/imagenet_8gpus.sh"),
     ("Table 8", "variants: parameters and multiply-adds", "fasternet info fasternet_t0"),
     ("Table 9", "forms of PConv", "fasternet bench deploy"),
     ("Fig. 2, 7, 8", "plots of Table 3", "fasternet report results"),

@@ -45,7 +45,8 @@ class Recipe:
         distillation_alpha: Weight of the teacher's part of the loss.
         distillation_tau: Temperature of ``soft``.
         input_size: Side of the pictures that the network sees, in pixels.
-        train_size: Their side in training until the last ``full_size_epochs``; None: ``input_size``.
+        train_scale: Their side in training until the last ``full_size_epochs``, as a share of ``input_size``; 32 pixels
+            at least.
         full_size_epochs: Epochs at the end that train at ``input_size``.
         crop_ratio: In evaluation the central share of the resized picture that is kept.
         random_resized_crop: Smallest and largest area of the random crop in training.
@@ -86,7 +87,7 @@ class Recipe:
     distillation_alpha: float = 0.5
     distillation_tau: float = 1.0
     input_size: int
-    train_size: int | None = None
+    train_scale: float = 1.0
     full_size_epochs: int = 0
     crop_ratio: float = 0.9
     random_resized_crop: tuple[float, float]
@@ -124,7 +125,7 @@ class Recipe:
     def size_of(self, epoch: int) -> int:
         """Return the side of the training pictures of an epoch, counted from 0."""
         late = epoch >= self.epochs - self.full_size_epochs
-        return self.input_size if late or self.train_size is None else self.train_size
+        return self.input_size if late else max(round(self.input_size * self.train_scale), min(self.input_size, 32))
 
 
 _HINTS = typing.get_type_hints(Recipe)
@@ -150,7 +151,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "distillation_alpha": (0.0, 1.0),
     "distillation_tau": (_TINY, 100.0),
     "input_size": (1, 16384),
-    "train_size": (1, 16384),
+    "train_scale": (_TINY, 1.0),
     "full_size_epochs": (0, math.inf),
     "crop_ratio": (0.05, 1.0),
     "num_workers": (0, 1024),

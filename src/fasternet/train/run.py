@@ -19,8 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasternet.environment import create_record
-from fasternet.records import Record, append_records, load_records
+from fasternet.environment import create_record, describe_machine
+from fasternet.records import Record, append_records, load_records, save_machine
 from fasternet.train.distributed import World, broadcast
 from fasternet.train.optim import create_optimizer
 from fasternet.train.recipe import Recipe, save_recipe
@@ -110,6 +110,7 @@ def start_run(run: Run) -> None:
     if run.world.is_main:
         append_records(run.output / "log.jsonl", [_describe_run(run)])
         save_run_state(run)
+        save_machine(run.output / "machines", describe_machine())
         save_recipe(run.output / "recipe.yaml", run.recipe)
 
 
