@@ -39,7 +39,7 @@ _HOMES = {
     "save_checkpoint": "models",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FasterNet",

@@ -187,7 +187,8 @@ def fit(task: Task, output: Path, *, recipe: Recipe, resume: bool = False, hooks
                 _roll_back(run, error, hooks.say)
                 continue
             save_epoch(run, values)
-            watch(run.epoch, values)
+            with explain_failed_write(run, run.epoch):
+                watch(run.epoch, values)
             _report(run, hooks, values["train_loss"], values["images_per_second"], values)
     broadcast(task.world, None)  # nobody reads the best checkpoint before it is written
     save_summary(run, task.summarise(output))

@@ -26,7 +26,6 @@ from fasternet.train.optim import create_optimizer
 from fasternet.train.recipe import Recipe, save_recipe
 from fasternet.train.state import load_last_state, save_state
 from fasternet.train.task import Task
-from fasternet.train.watch import write_csv
 
 Say = Callable[[str], object]
 
@@ -168,7 +167,6 @@ def save_epoch(run: Run, values: Mapping[str, Any]) -> None:
     with explain_failed_write(run, run.epoch - 1):
         record = create_record("train", "epoch", task.name, condition={"epoch": run.epoch}, values=values)
         append_records(output / "log.jsonl", [record])
-        write_csv(output)
         if is_best:
             task.save(output / "best", run.trained, values)
         task.save(output / "last", run.trained, values)
@@ -203,7 +201,6 @@ def _rewrite_log(output: Path, records: list[Record]) -> None:
     temporary.unlink(missing_ok=True)
     append_records(temporary, records)
     temporary.replace(output / "log.jsonl")
-    write_csv(output)
 
 
 def _describe_run(run: Run) -> Record:
