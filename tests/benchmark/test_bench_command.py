@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fasternet.benchmark import networks, operators
+from fasternet.benchmark import faults, networks, operators, training
 from fasternet.cli.bench import bench
 from fasternet.environment import create_record
 from fasternet.records import Record, load_records
+from fasternet.train.recipes import RECIPES
 
 RATIO = {"ratio": 3.25, "low": 3.0, "high": 3.5, "verdict": "slower", "a_a_spread": 0.01, "num_blocks": 16}
 LATENCY = {
@@ -117,6 +118,72 @@ def test_wrong_network_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [("networks", "--batch-size", "0"), ("operators", "--threads", "x"), ("nets",)])
+@pytest.mark.parametrize(
+    "arguments", [("networks", "--batch-size", "0"), ("operators", "--threads", "x"), ("nets",), ("training",)]
+)
 def test_wrong_options_exit_with_2(arguments: tuple[str, ...]) -> None:
     assert CliRunner().invoke(bench, arguments).exit_code == 2
+
+
+SPEEDS = {
+    "t0:data": (1000.0, 64.0),
+    "t0:step": (400.0, 160.0),
+    "t0:both": (390.0, 164.0),
+    "plain:t0:both": (380.0, 168.0),
+}
+
+
+def test_training_tells_what_limits_and_compares_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure_training(*names: str, **options: Any) -> Iterator[Record]:
+        asked.append({"names": names, **options})
+        for subject, (speed, ms) in SPEEDS.items():
+            values = {"images_per_second": speed, "latency_ms": ms, "latency_ms_min": ms, "unstable": False}
+            yield create_record("training-speed", "latency", subject, values=values)
+        condition = {"baseline": "plain:t0:both"}
+        yield create_record("training-speed", "ratio", "t0:both", condition=condition, values=RATIO)
+        yield create_record("training-speed", "latency", "train.py:t0:both", values={"error": "failed: no argument"})
+
+    monkeypatch.setattr(training, "measure_training", measure_training)
+    path = tmp_path / "mine.jsonl"
+    arguments = ("fasternet_t1", "--data", "flowers", "--set", "batch_size=32", "--set", "num_workers=1")
+    result = _run("training", *arguments, "--timm-script", "train.py", "--out", str(path))
+    assert asked[0]["names"] == ("fasternet_t1", "flowers")
+    assert asked[0]["timm_script"] == Path("train.py")
+    recipe = asked[0]["recipe"]
+    assert (recipe.batch_size, recipe.num_workers, recipe.lr) == (32, 1, RECIPES["small"].lr)
+    assert "t0: the step limits, with 400 images/s alone against 1,000" in result.stdout
+    step, script = (
+        next(line.split() for line in result.stdout.splitlines() if line.strip().startswith(name))
+        for name in ("t0:step", "train.py:t0:both")
+    )
+    assert step[1:] == ["400", "160", "160"]
+    assert script[-3:] == ["failed:", "no", "argument"]
+    assert "slower" in result.stdout
+    assert len(load_records(path)) == 6
+
+
+def test_faults_are_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure_faults(**options: Any) -> Iterator[Record]:
+        asked.append(options)
+        values = {"injected": 12, "recovered": 11, "bitwise_equal": 10, "remark": "state.pt is damaged"}
+        yield create_record("faults", "fault", "SIGKILL", values=values)
+
+    monkeypatch.setattr(faults, "measure_faults", measure_faults)
+    result = _run("faults", "--num-kills", "5", "--seed", "3", "--out", str(tmp_path / "mine.jsonl"))
+    assert {key: asked[0][key] for key in ("num_kills", "quick", "seed")} == {"num_kills": 5, "quick": False, "seed": 3}
+    row = next(line for line in result.stdout.splitlines() if "SIGKILL" in line)
+    assert row.split() == ["SIGKILL", "12", "11", "10", "state.pt", "is", "damaged"]
+    assert len(load_records(tmp_path / "mine.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("batch=3", "recipe has no field 'batch'"), ("mixup=0.2", "the plain loop has no mixup=0.2")],
+)
+def test_wrong_recipe_is_one_sentence(change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _run("training", "--data", "digits", "--set", change)

@@ -7,7 +7,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from fasternet.data.transforms import create_transform
+from fasternet.data.transforms import create_transform, normalize_batch
 from fasternet.models.checkpoint import Preprocessing
 
 SMALL = Preprocessing(input_size=32)
@@ -133,3 +133,18 @@ def test_misspelt_rand_augment_is_refused(words: str) -> None:
 def test_four_channels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mean=\(0\.5, 0\.5, 0\.5, 0\.5\) must have a value per channel"):
         create_transform(Preprocessing(mean=(0.5,) * 4, std=(1.0,) * 4), training=False)
+
+
+def test_bytes_normalized_as_a_batch_equal_pictures_normalized_one_by_one() -> None:
+    preprocessing = Preprocessing(input_size=32)
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(3)]
+    batches = []
+    for normalize in (True, False):
+        transform = create_transform(preprocessing, training=True, normalize=normalize)
+        torch.manual_seed(0)
+        batches.append(torch.stack([transform(picture) for picture in pictures]))
+    assert (batches[0].dtype, batches[1].dtype) == (torch.float32, torch.uint8)
+    bytes_before = batches[1].clone()
+    torch.testing.assert_close(normalize_batch(batches[1], preprocessing), batches[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(batches[1], bytes_before)

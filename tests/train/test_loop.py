@@ -401,7 +401,7 @@ def test_train_in_bf16_runs_the_network_in_bf16(run, tmp_path: Path, monkeypatch
     original = Classification.loss
 
     def watch(self, model, batch):
-        dtypes.append(model(self._move(batch[0])).dtype)
+        dtypes.append(model(self.move(batch[0])).dtype)
         return original(self, model, batch)
 
     monkeypatch.setattr(Classification, "loss", watch)

@@ -128,7 +128,14 @@ def measure_candidates(
     for candidate in candidates:
         yield _create_latency_record(suite, candidate, measured, peaks, moment)
     conditions = {candidate.name: candidate.condition for candidate in candidates}
-    for name, other in ((baseline, baseline), *pairs):
+    yield from create_ratio_records(suite, measured, pairs, conditions)
+
+
+def create_ratio_records(
+    suite: str, measured: Measurement, pairs: Iterable[tuple[str, str]], conditions: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Record]:
+    """Record the A/A control, then the ratios of pairs, numerator and denominator, under the numerator's condition."""
+    for name, other in ((measured.baseline, measured.baseline), *pairs):
         is_control = name == other
         ratio = measured.a_a if is_control else measured.ratio(name, other)
         values = {
@@ -144,25 +151,33 @@ def measure_candidates(
         yield create_record(suite, "ratio", name, condition=condition, values=values, samples=samples)
 
 
-def _create_latency_record(
-    suite: str, candidate: Candidate, measured: Measurement, peaks: Sequence[Peak], moment: Mapping[str, Any]
-) -> Record:
-    summary = measured.summary(candidate.name)
-    calls_per_second = 1e3 / summary.median_ms
-    images_per_second = candidate.condition["batch_size"] * calls_per_second
-    macs_per_second = candidate.costs["macs"] * images_per_second
-    values = {
+def describe_latency(measured: Measurement, name: str) -> dict[str, Any]:
+    """Return the values that every latency record begins with."""
+    summary = measured.summary(name)
+    return {
         "latency_ms": summary.median_ms,
         "latency_ms_min": summary.min_ms,
         "latency_ms_p90": summary.p90_ms,
         "spread": summary.spread,
         "unstable": summary.unstable,
+        "num_loops": measured.num_loops[name],
+    }
+
+
+def _create_latency_record(
+    suite: str, candidate: Candidate, measured: Measurement, peaks: Sequence[Peak], moment: Mapping[str, Any]
+) -> Record:
+    latency = describe_latency(measured, candidate.name)
+    calls_per_second = 1e3 / latency["latency_ms"]
+    images_per_second = candidate.condition["batch_size"] * calls_per_second
+    macs_per_second = candidate.costs["macs"] * images_per_second
+    values = {
+        **latency,
         **candidate.costs,
         "images_per_second": images_per_second,
         "macs_per_second": macs_per_second,
         "bytes_per_second": candidate.num_bytes * calls_per_second,
         "peak_share": macs_per_second / max(peak.per_second for peak in peaks if peak.subject == "gemm"),
-        "num_loops": measured.num_loops[candidate.name],
         **candidate.notes,
         **moment,
     }

@@ -1,4 +1,4 @@
-"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9), beside the paper."""
+"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9); training, and its faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, track
+from fasternet.cli._common import note, print_json, print_table, shorten_spinning, track
 
 if TYPE_CHECKING:
     from fasternet.records import Record
@@ -113,6 +113,77 @@ def bench_deploy(
     _finish("deploy", records, out, as_json, {})
 
 
+@bench.command("training")
+def bench_training(
+    data: Annotated[str, typer.Option(help="Folder of pictures, hf:NAME, or digits.")],
+    name: Annotated[str, typer.Argument(help="Network: fasternet_t0 ..., or one of timm's.")] = "fasternet_t0",
+    recipe: Annotated[str, typer.Option(help="paper, finetune, small or digits.")] = "small",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    timm_script: Annotated[Path | None, typer.Option(help="timm's train.py, to be run beside, for an epoch.")] = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure training: the data alone, the step alone, both, and a plain loop over timm's parts beside them.
+
+    Example: fasternet bench training fasternet_t0 --data digits --quick
+    """
+    shorten_spinning()
+    from fasternet.benchmark.training import measure_training
+    from fasternet.report.speed import tell_limit
+    from fasternet.train.recipe import parse_overrides
+    from fasternet.train.recipes import find_recipe
+
+    records = measure_training(
+        name,
+        data,
+        recipe=parse_overrides(find_recipe(recipe, name), changes or ()),
+        device=device,
+        threads=threads,
+        timm_script=timm_script,
+        quick=quick,
+        track=track,
+    )
+    path, written = _save("training-speed", records, out)
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in written])
+    else:
+        latencies = [record for record in written if record.kind == "latency"]
+        _print_speeds(latencies)
+        if limit := tell_limit(latencies):
+            print(limit + "\n")
+        _print_ratios([record for record in written if record.kind == "ratio"], {})
+    _note_end(path, written)
+
+
+@bench.command("faults")
+def bench_faults(
+    num_kills: Annotated[int, typer.Option(help="Kills at random moments, alone and in a group of two.", min=3)] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Each of the other faults once.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the moments.", min=0)] = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Kill, stop and damage running trainings, resume them, and compare how they end with one left alone.
+
+    Example: fasternet bench faults --num-kills 3 --quick
+    """
+    from fasternet.benchmark.faults import measure_faults
+
+    path, written = _save("faults", measure_faults(num_kills=num_kills, quick=quick, seed=seed, track=track), out)
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in written])
+    else:
+        fields = ("injected", "recovered", "bitwise_equal", "remark")
+        rows = [(record.subject, *(record.values[name] for name in fields)) for record in written]
+        print_table(("fault", "injected", "recovered", "bitwise equal", "remark"), rows, title="Faults injected")
+    _note_end(path, written)
+
+
 def _split(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",")]
 
@@ -121,18 +192,26 @@ def _finish(
     suite: str, records: Iterable[Record], out: Path | None, as_json: bool, paper_ms: Mapping[str, float]
 ) -> None:
     """Write the records as they come, then print them, then say where they are."""
-    from fasternet.benchmark.results import find_results_file, save_results
-
-    path = out or find_results_file(suite)
-    written = list(save_results(path, records))
-    num_unstable = sum(record.values.get("unstable", False) for record in written)
+    path, written = _save(suite, records, out)
     if as_json:
         print_json([dataclasses.asdict(record) for record in written])
     else:
         _print_differences([record for record in written if record.kind == "difference"])
         _print_latencies([record for record in written if record.kind == "latency"], paper_ms)
         _print_ratios([record for record in written if record.kind == "ratio"], paper_ms)
-    if num_unstable:
+    _note_end(path, written)
+
+
+def _save(suite: str, records: Iterable[Record], out: Path | None) -> tuple[Path, list[Record]]:
+    """Write the records as they come; return where, and all of them."""
+    from fasternet.benchmark.results import find_results_file, save_results
+
+    path = out or find_results_file(suite)
+    return path, list(save_results(path, records))
+
+
+def _note_end(path: Path, written: Sequence[Record]) -> None:
+    if num_unstable := sum(record.values.get("unstable", False) for record in written):
         note(f"unstable: {num_unstable}; run again when nothing else runs, records are added and never replaced")
     note(str(path))
 
@@ -144,6 +223,16 @@ def _print_differences(records: Sequence[Record]) -> None:
     fields = ("max_relative_difference", "limit", "changed_predictions", "num_images")
     rows = [(r.subject, r.condition["baseline"], *(r.values[name] for name in fields)) for r in records]
     print_table(columns, rows, title="Exactness")
+
+
+def _print_speeds(records: Sequence[Record]) -> None:
+    fields = ("images_per_second", "latency_ms", "latency_ms_min")
+    rows = []
+    for record in records:
+        values: Mapping[str, Any] = record.values
+        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
+        rows.append((record.subject, *(values.get(field) for field in fields), remark))
+    print_table(("", "images/s", "ms a step", "min ms", "remark"), rows, title="Training: the parts, and other loops")
 
 
 def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from fasternet.data.datasets import ImageDataset
 from fasternet.data.images import ImageError
@@ -197,18 +197,21 @@ def collate(samples: Sequence[Any]) -> tuple[Any, list[ImageError]]:
 
 @contextlib.contextmanager
 def seeded(seed: str) -> Iterator[None]:
-    """Seed Python, NumPy and PyTorch (on the CPU), and give them their states back in the end."""
+    """Seed Python, NumPy and PyTorch (on the CPU); outside of a loader's process, give them their states back after."""
     # timm's RandAugment draws from NumPy's global state.
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    states = None
+    if get_worker_info() is None:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(random.getrandbits(32))  # noqa: NPY002
     torch.default_generator.manual_seed(random.getrandbits(63))
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
 
 
 class _SeededDataset(Dataset[Any]):

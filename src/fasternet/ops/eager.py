@@ -13,19 +13,24 @@ from torch import Tensor
 
 def convolve_part(x: Tensor, weight: Tensor, *, dilation: int, start: int) -> Tensor:
     """Convolve channels ``start .. start + Cp`` of ``x``; return only them, (N, Cp, H, W)."""
-    part = x[:, start : start + weight.shape[0]]
-    return F.conv2d(part, weight, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+    return _convolve(x[:, start : start + weight.shape[0]], weight, dilation)
 
 
 def split_cat(x: Tensor, weight: Tensor, *, dilation: int, start: int) -> Tensor:
-    """Convolve a part and concatenate it with the rest: the oracle.
-
-    Slices rather than ``torch.split``: exporters turn a split into a node of its own.
-    """
-    y = convolve_part(x, weight, dilation=dilation, start=start)
+    """Convolve a part and concatenate it with the rest: the oracle."""
     stop = start + weight.shape[0]
-    parts = [part for part in (x[:, :start], y, x[:, stop:]) if part.shape[1]]
-    return torch.cat(parts, dim=1)
+    if x.requires_grad and not torch.compiler.is_compiling():
+        # The gradient of a split is one concatenation, that of slices a sum of maps padded with zeros, with which a
+        # step of T0 takes 3 % longer.
+        before, part, after = torch.split(x, [start, weight.shape[0], x.shape[1] - stop], dim=1)
+    else:  # exporters turn a split into a node of its own
+        before, part, after = x[:, :start], x[:, start:stop], x[:, stop:]
+    y = _convolve(part, weight, dilation)
+    return torch.cat([piece for piece in (before, y, after) if piece.shape[1]], dim=1)
+
+
+def _convolve(part: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    return F.conv2d(part, weight, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
 
 
 def slicing(x: Tensor, weight: Tensor, *, dilation: int, start: int) -> Tensor:

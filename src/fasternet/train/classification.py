@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fasternet.data.datasets import Datasets, create_datasets
 from fasternet.data.loaders import TrainingLoader, create_loader
 from fasternet.data.shards import ShardLoader, ShardStream
-from fasternet.data.transforms import create_transform
+from fasternet.data.transforms import create_transform, normalize_batch
 from fasternet.environment import create_record
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.models.fasternet import FasterNet
@@ -80,7 +80,7 @@ class Classification(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the cross-entropy with smoothed and, where the recipe says so, mixed labels and a teacher."""
-        images, targets = self._move(batch[0]), batch[1].to(self.device, non_blocking=True)
+        images, targets = self.move(batch[0]), batch[1].to(self.device, non_blocking=True)
         if self.mixup and len(images) > 1:
             even = len(images) // 2 * 2
             images, targets = self.mixup(images[:even], targets[:even])
@@ -116,6 +116,12 @@ class Classification(Task):
         record = create_record("train", "evaluation", self.name, condition=self.condition, values=result.values())
         return [record, *self._create_sheets(result, output)] if self.world.is_main else []
 
+    def move(self, images: Tensor) -> Tensor:
+        """Return pictures on the device, in the recipe's memory format, normalized where they come as bytes."""
+        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        images = images.to(self.device, memory_format=layout, non_blocking=True)
+        return normalize_batch(images, self.preprocessing) if images.dtype == torch.uint8 else images
+
     def _create_loader(self, size: int) -> Loader:
         recipe, dataset = self.recipe, self.datasets.train
         dataset.transform = create_transform(
@@ -124,6 +130,7 @@ class Classification(Task):
             random_resized_crop=recipe.random_resized_crop,
             flip=recipe.flip,
             rand_augment=recipe.rand_augment,
+            normalize=False,
         )
         options: dict[str, Any] = {
             "num_workers": recipe.num_workers,
@@ -147,7 +154,7 @@ class Classification(Task):
             world_size=world.size,
         )
         names = validation.class_names
-        return evaluate(lambda images: model(self._move(images)), loader, class_names=names, world=world)
+        return evaluate(lambda images: model(self.move(images)), loader, class_names=names, world=world)
 
     def _create_sheets(self, result: Evaluation, output: Path) -> list[Record]:
         """Save thumbnails of the worst mistakes and of pictures drawn by lot, and record what was predicted."""
@@ -180,10 +187,6 @@ class Classification(Task):
         }
         subject = validation.paths[index].as_posix()
         return create_record("train", "prediction", subject, values=values, attachments={"picture": picture})
-
-    def _move(self, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        return images.to(self.device, memory_format=layout, non_blocking=True)
 
 
 def create_classification(

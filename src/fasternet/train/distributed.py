@@ -71,7 +71,7 @@ def explain_lost_process() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = " ".join(str(error).splitlines()[0].split())[-120:]
+        reason = " ".join(str(error).splitlines()[0].partition("] ")[2].partition(". ")[0].split()) or "no reason given"
         raise OSError(f"another process of the run is gone ({reason}): see what it said, then resume") from None
 
 

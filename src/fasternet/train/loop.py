@@ -180,7 +180,7 @@ def fit(task: Task, output: Path, *, recipe: Recipe, resume: bool = False, hooks
     with _watch(run, hooks.watchers) as watch, explain_lost_process(), explain_dead_worker():
         while run.epoch < recipe.epochs:
             try:
-                values = _train_epoch(run, hooks)
+                values = train_epoch(run, hooks)
             except NotFiniteError as error:
                 if run.num_rollbacks == recipe.rollbacks:
                     raise
@@ -201,8 +201,13 @@ def _watch(run: Run, names: Sequence[str]) -> contextlib.AbstractContextManager[
     return open_watchers(names, run.output, subject=run.task.name, condition=condition)
 
 
-def _train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
-    """Train to the end of an epoch, evaluate, and return the epoch's record."""
+def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
+    """Train to the end of an epoch, evaluate, and return the epoch's record.
+
+    Raises:
+        NotFiniteError: A loss or a weight is infinite or NaN.
+        InterruptedError: A stop was asked for; the state is saved.
+    """
     task, recipe = run.task, run.recipe
     run.model.train()
     set_training(task.model, recipe)
