@@ -122,6 +122,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _command() -> str:
     """Return this process's command line, the program and absolute paths cut down to their last part."""
-    program = Path(sys.argv[0]).name
+    program = "fasternet" if Path(sys.argv[0]).parent == Path(__file__).parent else Path(sys.argv[0]).name
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join([program, *words])

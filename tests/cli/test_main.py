@@ -10,7 +10,7 @@ from fasternet import cli
 
 COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "convert", "push", "report", "env")
 GROUPS = {
-    "bench": ("operators", "networks", "deploy"),
+    "bench": ("operators", "networks", "deploy", "training", "faults"),
     "data": ("check", "pack"),
     "reproduce": ("list", "table6"),
     "results": ("merge",),

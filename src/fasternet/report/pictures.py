@@ -29,7 +29,7 @@ def show_pictures(key: str, source: Source, machines: Mapping[str, Machine]) -> 
 def _mistakes(key: str, source: Source, records: Sequence[Record], machines: Mapping[str, Machine]) -> Html:
     latest = newest(records, lambda record: record.subject).values()
     shown = sorted(latest, key=lambda record: -(number(record, "loss") or 0))[:MAX_PICTURES]
-    title = f"The worst mistakes: {len(shown)} pictures that the network is surest about, and wrong"
+    title = f"The worst mistakes: {len(shown)} wrong predictions"
     legend = "Of all validation pictures, these have the highest loss. Under each stands the predicted label with its "
     legend += "probability, and below the truth with the probability that it was given."
     return figure(key, title, _sheet(source, shown), legend, provenance(shown, machines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +158,7 @@ class Classification(Task):
     def _create_sheets(self, result: Evaluation, output: Path) -> list[Record]:
         """Save thumbnails of the worst mistakes and of pictures drawn by lot, and record what was predicted."""
         wrong = (result.labels[:, 0] != result.truths).nonzero().flatten().tolist()
-        wrong.sort(key=lambda index: -float(result.probabilities[index, 0]))
+        wrong.sort(key=lambda index: -float(result.losses[index]))
         count = len(self.datasets.validation)
         lot = random.Random(0).sample(range(count), min(NUM_PICTURES, count))
         (output / "pictures").mkdir(exist_ok=True)
@@ -176,14 +175,13 @@ class Classification(Task):
         image.save(output / picture)
         labels, probabilities = result.labels[index].tolist(), result.probabilities[index].tolist()
         truth = validation.labels[index]
-        chance = dict(zip(labels, probabilities, strict=True)).get(truth)
         values = {
             "role": role,
             "label": names[labels[0]],
             "probability": probabilities[0],
             "top": [[names[label], p] for label, p in zip(labels, probabilities, strict=True)],
             "truth": names[truth],
-            "loss": -math.log(chance) if chance else None,  # None: the truth is not among the best five
+            "loss": float(result.losses[index]),
         }
         subject = validation.paths[index].as_posix()
         return create_record("train", "prediction", subject, values=values, attachments={"picture": picture})
