@@ -105,7 +105,7 @@ def test_evaluation_without_sense_is_left_out(example: ModuleType, render: Rende
 def test_worst_mistakes_come_first_and_apart_from_the_lot(example: ModuleType, render: Render) -> None:
     mistakes = [make_mistake(example, index, loss) for index, loss in ((1, 2.0), (2, 7.0), (3, 4.0))]
     page = render([*example.make_run(), *mistakes])
-    assert "The worst mistakes: 3 pictures" in page
+    assert "The worst mistakes: 3 wrong predictions" in page
     assert "Predicted pictures: 1 of 24 wrong" in page
     (sheet,) = re.findall(r'<figure id="mistakes-1">.*?</figure>', page, re.DOTALL)
     assert re.findall(r'title="flower (\d)"', sheet) == ["2", "3", "1"]
