@@ -30,6 +30,7 @@ def find_script_commands(script):
         .replace("\\\n", " ")
         .replace('"${resume[@]}"', "--resume")
         .replace('"$@"', "")
+        .replace('"${common[@]}"', "--data 1")
     )
     text = re.sub(r'"[^"\n]*\$[^"\n]*"(/\*|/[a-z-]+\*)?|\$[a-z]+', "1", text)
     lines = [line.partition("#")[0].strip().removesuffix("&") for line in text.splitlines()]

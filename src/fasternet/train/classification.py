@@ -215,7 +215,12 @@ def create_classification(
         name=model_name.partition(".")[0] if is_fasternet(model_name) else resolve_network(model_name).name,
         model=model,
         device=device,
-        condition={"data": Path(data).name, "device": device.type, "model_options": dict(model_options)},
+        condition={
+            "data": Path(data).name,
+            "device": device.type,
+            "model_options": dict(model_options),
+            "initial_weights": checkpoint.resolve().name if checkpoint else "published" if pretrained else None,
+        },
         values={
             "num_params": sum(parameter.numel() for parameter in model.parameters()),
             "num_train": len(datasets.train),

@@ -29,8 +29,8 @@ from fasternet.train.task import Task
 
 Say = Callable[[str], object]
 
-# What may differ when a run is resumed: it decides where and how fast a run computes, not what.
-FREE_CONDITIONS = ("device", "processes", "num_workers", "max_unreadable", "rollbacks")
+# What may differ when a run is resumed: where it computes and what stops it; its weights come from the state.
+FREE_CONDITIONS = ("device", "processes", "initial_weights", "num_workers", "max_unreadable", "rollbacks")
 
 
 @dataclasses.dataclass(kw_only=True)
