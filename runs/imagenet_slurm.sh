@@ -16,7 +16,7 @@ main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=()
 if [ -f "$output/recipe.yaml" ]; then resume=(--resume); fi
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"; wait; scontrol requeue "$SLURM_JOB_ID"' USR1
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$main:29500" --rdzv-id "$SLURM_JOB_ID" -m \
     fasternet train "$name" --recipe paper --data "$imagenet" --output "$output" "${resume[@]}" &
 wait

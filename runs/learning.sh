@@ -12,6 +12,7 @@ place=outputs/learning-$(basename "$data")
 for seed in 0 1 2; do
     for name in ${NETWORKS:-fasternet_t0 fasternet_t1 MobileNetV2 shufflenet_v2_x1_5}; do
         run=$place/$name-$seed
+        if grep -qs '"kind": "evaluation"' "$run/log.jsonl"; then continue; fi
         if [ -f "$run/recipe.yaml" ]; then
             fasternet train "$name" --data "$data" --output "$run" --resume
         else

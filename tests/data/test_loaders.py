@@ -169,6 +169,13 @@ def test_training_puts_the_next_picture_in_the_place_of_an_unreadable_one(
     assert sorted({str(error).split(":")[0][-5:] for error in errors}) == ["2.png", "3.png"]
 
 
+def test_training_without_a_readable_picture_is_one_sentence(damaged: ImageDataset) -> None:
+    dataset = damaged.select([2, 3])
+    dataset.transform = damaged.transform
+    with pytest.raises(ImageError, match=r"cannot read .*[23]\.png"):
+        list(TrainingLoader(dataset, 2, on_error=[].append).batches(0))
+
+
 def test_evaluation_leaves_out_unreadable_pictures_where_they_are_reported(damaged: ImageDataset) -> None:
     errors: list[ImageError] = []
     batches = list(create_loader(damaged, 1, on_error=errors.append))

@@ -99,12 +99,19 @@ def test_fields_that_do_not_fit_are_refused(create, fields: dict[str, object], m
     ("name", "found"), [("MobileNetV2", "MobileNetV2"), ("mobilenetv2_100", "MobileNetV2"), ("resnet18", "resnet18")]
 )
 def test_other_networks_train_and_their_checkpoint_is_found(pictures, recipe, tmp_path, name: str, found: str) -> None:
-    fields = {"grad_checkpointing": True, "ema_decay": 0.9, "epochs": 1, "batch_size": 4}
+    fields = {"ema_decay": 0.9, "epochs": 1, "batch_size": 4}
     output = train(name, str(pictures), tmp_path / "run", recipe=dataclasses.replace(recipe, **fields), device="cpu")
     checkpoint = load_network(output)
     assert (checkpoint.name, checkpoint.class_names) == (found, ("bright", "dark"))
     assert checkpoint.facts["recipe"]["batch_size"] == 4
     assert set(checkpoint.facts["metrics"]) == {"top1", "top5", "validation_loss"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "MobileNetV2"])
+def test_networks_that_cannot_compute_anew_are_refused(pictures, recipe, name: str) -> None:
+    recipe = dataclasses.replace(recipe, grad_checkpointing=True)
+    with pytest.raises(ValueError, match=r"grad_checkpointing=true is not for (resnet18|MobileNetV2)"):
+        create_classification(name, str(pictures), recipe=recipe, model_options={}, device=torch.device("cpu"))
 
 
 def test_finetune_starts_from_weights_with_a_fresh_classifier(pictures, recipe, tmp_path, create) -> None:

@@ -123,7 +123,7 @@ def test_train_stopped_by_ctrl_c_says_how_to_resume(
     assert isinstance(result.exception, OSError)
     if begun:
         command = f"fasternet train fasternet_t0 --data digits --output '{output}' --resume"
-        assert str(result.exception) == f"stopped at once; go on from the last state with: {command}"
+        assert str(result.exception) == f"stopped at once; go on with: {command}"
     else:
         assert str(result.exception) == "stopped before the first epoch began"
 

@@ -5,12 +5,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from fasternet.models.checkpoint import save_checkpoint
+from fasternet.models.checkpoint import Preprocessing, save_checkpoint
 from fasternet.models.registry import create_model
-from fasternet.train.distill import compute_distillation, create_teacher
+from fasternet.train.distill import Teacher, compute_distillation, create_teacher
 from fasternet.train.loop import train
 from fasternet.train.recipe import Recipe
 
+NAMES = ("bright", "dark")
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
 STUDENT = torch.tensor([[2.0, -1.0, 0.0], [0.5, 0.0, 0.3]])
 TEACHER = torch.tensor([[1.0, 1.5, -2.0], [0.0, 3.0, 0.1]])
@@ -21,7 +22,7 @@ def teacher(tmp_path: Path) -> Path:
     torch.manual_seed(3)
     model = create_model("fasternet_t0", num_classes=2, **TINY_MODEL)
     model(torch.randn(8, 3, 32, 32))
-    save_checkpoint(tmp_path / "teacher", model, name="fasternet_t0", class_names=("bright", "dark"))
+    save_checkpoint(tmp_path / "teacher", model, name="fasternet_t0", class_names=NAMES)
     return tmp_path / "teacher"
 
 
@@ -46,8 +47,8 @@ def test_teacher_stays_as_it_is_and_out_of_the_checkpoint(
 ) -> None:
     seen = []
 
-    def watch(recipe: Recipe, num_classes: int):
-        seen.append(create_teacher(recipe, num_classes))
+    def watch(*arguments):
+        seen.append(create_teacher(*arguments))
         return seen[-1]
 
     monkeypatch.setattr("fasternet.train.classification.create_teacher", watch)
@@ -59,15 +60,41 @@ def test_teacher_stays_as_it_is_and_out_of_the_checkpoint(
     assert seen[0] is None
     assert not seen[1].training
     assert not any(parameter.requires_grad for parameter in seen[1].parameters())
-    fresh = create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), 2)
+    fresh = create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), NAMES, Preprocessing())
     torch.testing.assert_close(seen[1].state_dict(), fresh.state_dict(), rtol=0, atol=0)
     assert set(outputs["plain"]) == set(outputs["soft"])
     assert not torch.equal(outputs["plain"]["classifier.weight"], outputs["soft"]["classifier.weight"])
 
 
-def test_teacher_of_other_classes_is_refused(recipe: Recipe, teacher: Path) -> None:
-    with pytest.raises(ValueError, match=r"teacher=.*teacher has 2 classes, the data 5"):
-        create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), 5)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("abcde", r"teacher=.*teacher has 2 classes, the data 5"), (("dark", "light"), "knows other classes")],
+)
+def test_teacher_of_other_classes_is_refused(recipe: Recipe, teacher: Path, names, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), names, Preprocessing())
+
+
+def test_teacher_sees_pictures_normalized_as_it_learned_them() -> None:
+    own, student = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)), Preprocessing()
+    pixels = torch.rand(2, 3, 8, 8)
+    normalized = [
+        (pixels - torch.tensor(p.mean)[:, None, None]) / torch.tensor(p.std)[:, None, None] for p in (own, student)
+    ]
+    seen = Teacher(torch.nn.Identity(), own, student)(normalized[1])
+    torch.testing.assert_close(seen, normalized[0], rtol=1e-5, atol=1e-5)
+
+
+def test_teacher_that_cannot_take_the_pictures_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    original = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, **o: original(name, pretrained=False, **o))
+    changed = dataclasses.replace(recipe, teacher="deit_tiny_patch16_224", input_size=224, train_scale=0.75)
+    with pytest.raises(
+        ValueError, match=r"teacher=deit_tiny_patch16_224 cannot take pictures of 224 pixels|168 pixels"
+    ):
+        create_teacher(dataclasses.replace(changed, epochs=2, full_size_epochs=1), [""] * 1000, Preprocessing())
 
 
 def test_teacher_may_be_any_network_of_timm(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +108,10 @@ def test_teacher_may_be_any_network_of_timm(recipe: Recipe, monkeypatch: pytest.
         return original(name, pretrained=False, **options)
 
     monkeypatch.setattr("timm.create_model", create)
-    network = create_teacher(dataclasses.replace(recipe, teacher="mobilenetv2_050", input_size=32), 1000)
+    network = create_teacher(
+        dataclasses.replace(recipe, teacher="mobilenetv2_050", input_size=32), [""] * 1000, Preprocessing()
+    )
     assert asked == [("mobilenetv2_050", True)]
     assert not network.training
-    with pytest.raises(ValueError, match="unknown network 'regnety_16'"):
-        create_teacher(dataclasses.replace(recipe, teacher="regnety_16"), 1000)
+    with pytest.raises(ValueError, match="recipe field teacher=regnety_16 is no model or run folder"):
+        create_teacher(dataclasses.replace(recipe, teacher="regnety_16"), [""] * 1000, Preprocessing())

@@ -16,7 +16,7 @@ from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
 from fasternet.train.classification import Classification
 from fasternet.train.loop import Hooks, Progress, train
-from fasternet.train.recipe import Recipe
+from fasternet.train.recipe import Recipe, load_recipe
 from fasternet.train.state import load_state
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
@@ -38,6 +38,7 @@ def run(pictures: Path, recipe: Recipe):
         options = {"recipe": changed, "model_options": TINY_MODEL, "device": "cpu"}
         return train("fasternet_t0", str(pictures), output, resume=resume, hooks=hooks, **options)
 
+    start.data = pictures
     return start
 
 
@@ -157,11 +158,50 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(run, tmp_path: Path, mo
     assert all(tensor.isfinite().all() for tensor in weights)
 
 
+@pytest.mark.parametrize("left", ["nothing", "recipe", "log"])
+def test_run_killed_before_its_first_state_begins_anew(run, uninterrupted: Path, tmp_path: Path, left: str) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(output, hooks=Hooks(progress=_interrupt))
+    for state in (output / "last").glob("*.pt"):
+        state.unlink()
+    if left != "log":
+        (output / "log.jsonl").unlink()
+    if left == "nothing":
+        (output / "recipe.yaml").rename(output / ".recipe.x.yaml")
+        for path in (output / "machines").iterdir():
+            path.unlink()
+        (output / "machines").rmdir()
+        (output / "last").rmdir()
+        (output / "log.csv").unlink()
+    run(output, resume=left != "nothing")
+    assert_same(output, uninterrupted)
+
+
+def test_run_from_weights_is_not_begun_anew_without_them(run, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    source = run(tmp_path / "source", epochs=1)
+    options = {"model_options": TINY_MODEL, "device": "cpu", "recipe": load_recipe(source / "recipe.yaml")}
+    with pytest.raises(KeyboardInterrupt):
+        train("fasternet_t0", str(run.data), output, checkpoint=source, hooks=Hooks(progress=_interrupt), **options)
+    with pytest.raises(ValueError, match="leave checkpoint and pretrained out"):
+        train("fasternet_t0", str(run.data), output, checkpoint=source, resume=True, **options)
+    for state in (output / "last").glob("*.pt"):
+        state.unlink()
+    with pytest.raises(FileNotFoundError, match="stopped before its first state"):
+        train("fasternet_t0", str(run.data), output, resume=True, **options)
+
+
+def _interrupt(_: Progress) -> None:
+    raise KeyboardInterrupt
+
+
 def start_command(pictures: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fasternet", "train", "fasternet_t0", "--data", str(pictures), "--width", "8"]
     command += ["--output", str(output), "--epochs", "200", "--set", "precision=fp32", "--batch-size", "8"]
     command += ["--input-size", "32", "--device", "cpu", *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 def wait_for_second_epoch(process: subprocess.Popen[str]) -> None:
@@ -182,17 +222,20 @@ def test_loader_process_that_dies_is_one_sentence(pictures: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_sigterm_stops_the_command_with_its_state_saved(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_sigterm_of_the_whole_group_stops_the_command_with_its_state_saved(
+    pictures: Path, tmp_path: Path, num_workers: int
+) -> None:
     output = tmp_path / "run"
-    process = start_command(pictures, output)
+    process = start_command(pictures, output, "--set", f"num_workers={num_workers}")
     wait_for_second_epoch(process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert "Traceback" not in rest
     last = rest.splitlines()[-1]
     assert last.startswith("error: stopped in epoch ")
-    assert f"--width 8 --output {output} --resume" in last
+    assert f"--width 8 --device cpu --output {output} --resume" in last
     step = int(last.split("after step ")[1].split()[0])
     state = load_state(output / "last" / "state.pt")
     assert (state["step"], f"in epoch {state['epoch'] + 1} after" in last) == (step, True)

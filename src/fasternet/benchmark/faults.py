@@ -234,7 +234,7 @@ class Laboratory:
 
     def _shorten(self, said: str) -> str:
         """Return the sentence of an error, or the last line, without folders."""
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in said.splitlines() if line.strip(" =-")]
         errors = [line for line in lines if line.startswith("error: ")]
         # Where another process is gone, the processes that are left say so; torchrun's own report is long.
         line = (errors or lines or [""])[-1].removeprefix("error: ").partition("; go on")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -247,7 +248,7 @@ def _create_training(
     run = create_run(Stretch(**{**fields, **changes}, source=source), task.recipe, Path())
 
     def train() -> float:
-        values = train_epoch(run, Hooks())
+        values = train_epoch(run, Hooks(save_minutes=math.inf))
         run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
         return float(values["train_loss"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from fasternet.models.checkpoint import Checkpoint
     from fasternet.predict import Prediction, Predictor
     from fasternet.train.distributed import World
+
+
+LONGEST_WAIT = timedelta(days=7)  # of a process that is done for one that is not
 
 
 def predict(
@@ -53,7 +57,7 @@ def predict(
     if output is None and resume:
         raise ValueError("resume needs output, the file to go on with")
     target = select_device(device)
-    with join_world() as world:
+    with join_world(timeout=LONGEST_WAIT) as world:
         if output is None and world.size > 1:
             raise ValueError(f"{world.size} processes cannot print: give output")
         paths = find_images(map(Path, images)) if output is None else []
@@ -63,7 +67,7 @@ def predict(
         if output is None:
             _print_predictions(weights, predictor, paths, top_k, json)
         else:
-            _write_predictions(predictor, images, output, top_k, num_workers, resume, world)
+            _write_predictions(predictor, images, output, top_k, num_workers, resume, world, json)
 
 
 def _print_predictions(
@@ -92,6 +96,7 @@ def _write_predictions(
     num_workers: int,
     resume: bool,
     world: World,
+    json: bool,
 ) -> None:
     from fasternet.predict import predict_to_file
 
@@ -117,8 +122,12 @@ def _write_predictions(
         )
     except KeyboardInterrupt:
         raise InterruptedError(f"stopped after {done:,} pictures; --resume goes on there") from None
-    if world.is_main:
-        note(f"{predicted:,} pictures predicted, {unreadable:,} of them could not be read")
+    if not world.is_main:
+        return
+    note(f"{predicted:,} pictures predicted, {unreadable:,} of them could not be read")
+    if json:
+        print_json({"output": str(output), "num_images": predicted, "num_unreadable": unreadable})
+    else:
         typer.echo(output)
 
 

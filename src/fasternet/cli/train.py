@@ -63,7 +63,6 @@ def train(
     shortcuts_all = {**shortcuts, "compile": compile, "precision": precision}
     changes = [*(changes or []), *(f"{k}={str(v).lower()}" for k, v in shortcuts_all.items() if v is not None)]
     folder = output or _default_output(name, data)
-    resume = resume or _was_restarted(folder)
     chosen = _choose_recipe(
         recipe, changes, name, data, folder if resume else None, checkpoint is not None or pretrained
     )
@@ -83,10 +82,11 @@ def train(
                     progress=progress, say=note, stop=stop, save_minutes=save_minutes, watchers=watchers or ()
                 ),
             )
-    except InterruptedError as error:
-        raise InterruptedError(f"{error}; go on with: {_resume_command(name, data, folder, width)}") from None
-    except KeyboardInterrupt:
-        raise InterruptedError(_explain_interrupt(name, data, folder, width)) from None
+    except (InterruptedError, KeyboardInterrupt) as error:
+        if not is_main_process():
+            raise typer.Exit(1) from None
+        options = {"--width": width, "--device": device}
+        raise InterruptedError(_explain_interrupt(str(error), name, data, folder, options)) from None
     if is_main_process():
         _print_result(folder)
 
@@ -172,26 +172,21 @@ def _choose_recipe(
     return parse_overrides(recipe, changes)
 
 
-def _was_restarted(folder: Path) -> bool:
-    """Whether ``torchrun --max-restarts`` has started this command again: the run in the folder is its own."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "recipe.yaml").is_file()
-
-
 def _default_output(name: str, data: str) -> Path:
     from datetime import datetime
 
     return Path("outputs", f"{name}-{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _explain_interrupt(name: str, data: str, folder: Path, width: int | None) -> str:
+def _explain_interrupt(saved: str, name: str, data: str, folder: Path, options: Mapping[str, Any]) -> str:
+    """Return what happened and how to go on; ``saved`` is empty where the stop did not wait for a state."""
     if not (folder / "recipe.yaml").is_file():
         return "stopped before the first epoch began"
-    return f"stopped at once; go on from the last state with: {_resume_command(name, data, folder, width)}"
-
-
-def _resume_command(name: str, data: str, folder: Path, width: int | None) -> str:
-    options = [] if width is None else ["--width", str(width)]
-    return shlex.join(["fasternet", "train", name, "--data", data, *options, "--output", str(folder), "--resume"])
+    if "RANK" in os.environ:
+        return f"{saved or 'stopped at once'}; go on with the same torchrun command and --resume"
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    command = ["fasternet", "train", name, "--data", data, *given, "--output", str(folder), "--resume"]
+    return f"{saved or 'stopped at once'}; go on with: {shlex.join(command)}"
 
 
 def _print_result(folder: Path) -> None:

@@ -7,7 +7,10 @@ processes takes ``accumulate`` of them, one after the other. What a part holds d
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from fasternet.data.images import ImageError
 from fasternet.environment import describe_machine
 
 OnError = Callable[[ImageError], object]
+MAX_ATTEMPTS = 16  # to find a picture in the place of one that cannot be read
 
 
 class TrainingLoader:
@@ -73,6 +77,7 @@ class TrainingLoader:
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without one, each epoch would draw from PyTorch's own
+            worker_init_fn=obey_parent_alone,
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -82,7 +87,7 @@ class TrainingLoader:
         self._plan[:] = [
             [(epoch, i) for i in self._select(order, step, part)] for step in steps for part in self._parts
         ]
-        yield from watch_errors(self._loader, self._on_error)
+        yield from watch_errors(self._loader, self._on_error, required=True)
 
     def names(self, epoch: int, step: int) -> list[str]:
         """Return the names of the pictures that this process takes in a step."""
@@ -138,6 +143,7 @@ def create_loader(
         num_workers=min(num_workers, describe_machine().cores),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=obey_parent_alone,
     )
 
 
@@ -156,8 +162,14 @@ def divide_batch(num_images: int, batch_size: int, num_parts: int) -> int:
     return num_images // num_parts
 
 
-def watch_errors(batches: Any, on_error: OnError | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Take the errors out of what ``collate`` made, and raise or report them; name a worker that died."""
+def watch_errors(batches: Any, on_error: OnError | None, *, required: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take the errors out of what ``collate`` made, and raise or report them; name a worker that died.
+
+    Args:
+        batches: Of (batch or None, errors).
+        on_error: None raises the first error.
+        required: Raise where no picture of a batch is left; else such a batch is left out.
+    """
     with explain_dead_worker():
         for batch, errors in batches:
             for error in errors:
@@ -166,6 +178,26 @@ def watch_errors(batches: Any, on_error: OnError | None) -> Iterator[tuple[Tenso
                 on_error(error)
             if batch is not None:
                 yield batch
+            elif required:
+                raise errors[-1]
+
+
+def obey_parent_alone(worker: int) -> None:
+    """Let a process that loads pictures survive what its whole group is sent, so that the main process can save.
+
+    Ctrl-C, ``torchrun`` and SLURM send their signals to all processes; only the main one is to decide.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -226,7 +258,7 @@ class _SeededDataset(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         errors: list[ImageError] = []
-        for attempt in range(len(self.dataset) if self.skip else 1):
+        for attempt in range(min(MAX_ATTEMPTS, len(self.dataset)) if self.skip else 1):
             try:
                 with seeded(f"{self.seed} {epoch} {index}"):
                     return self.dataset[(index + attempt) % len(self.dataset)], errors

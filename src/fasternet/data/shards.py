@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fasternet.data.datasets import SHARDS_FILE, Datasets, ImageDataset
 from fasternet.data.images import ImageError, decode_image
-from fasternet.data.loaders import OnError, collate, divide_batch, seeded, watch_errors
+from fasternet.data.loaders import OnError, collate, divide_batch, obey_parent_alone, seeded, watch_errors
 from fasternet.data.shard_files import (
     Member,
     Shard,
@@ -148,9 +148,10 @@ class ShardLoader:
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without one, each epoch would draw from PyTorch's own
+            worker_init_fn=obey_parent_alone,
         )
         failures: list[Exception] = []
-        yield from watch_errors(_take_results(loader, failures), self._on_error)
+        yield from watch_errors(_take_results(loader, failures), self._on_error, required=True)
         if failures:  # raised here, where nobody takes it for the death of a worker
             raise failures[0]
 

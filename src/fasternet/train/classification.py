@@ -87,9 +87,7 @@ class Classification(Task):
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is None:
             return loss
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        return compute_distillation(self.recipe, loss, logits, teacher_logits)
+        return compute_distillation(self.recipe, loss, logits, self.teacher(images))
 
     def evaluate(self, model: nn.Module) -> Mapping[str, Any]:
         """Return top-1, top-5 and loss on the validation pictures."""
@@ -209,7 +207,7 @@ def create_classification(
     model = model.to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    teacher = create_teacher(recipe, num_classes)
+    teacher = create_teacher(recipe, datasets.class_names, preprocessing)
     mixed = recipe.mixup or recipe.cutmix
     task = Classification(
         name=model_name.partition(".")[0] if is_fasternet(model_name) else resolve_network(model_name).name,
@@ -249,11 +247,27 @@ def _create_model(
     model = create_network(name, checkpoint_path=checkpoint, pretrained=pretrained, **options)
     freeze_stages(model, recipe.freeze)
     if recipe.grad_checkpointing:
-        if not isinstance(model, FasterNet) and not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(f"recipe field grad_checkpointing=true is not for {name}: it cannot compute anew")
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        _checkpoint_gradients(model, name)
     if recipe.batch_norm == "sync":
         if not torch.cuda.is_available():
             raise ValueError("recipe field batch_norm=sync needs GPUs; on a CPU take train or frozen")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return model
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    """Let a network compute its activations anew in the backward pass.
+
+    Raises:
+        ValueError: It cannot, or its BN would take the statistics of each batch twice.
+    """
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    try:
+        if has_batch_norm and not isinstance(model, FasterNet):
+            raise AttributeError
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ValueError(
+            f"recipe field grad_checkpointing=true is not for {name}: it is for FasterNet and for networks of timm "
+            "without BN that can compute anew"
+        ) from None

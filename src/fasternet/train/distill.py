@@ -2,38 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasternet.models.checkpoint import Checkpoint, Preprocessing
 from fasternet.rivals import create_network, load_network
 from fasternet.train.recipe import Recipe
 
 PUBLISHED_CLASSES = 1000  # of the weights that a name stands for
 
 
-def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module | None:
-    """Return the recipe's teacher, in evaluation mode for good and without gradients, or None.
+class Teacher(nn.Module):
+    """A network in evaluation mode for good, without gradients, that takes the student's pictures.
+
+    Args:
+        network: The network.
+        own: How its pictures are normalised.
+        student: How the student's are.
+    """
+
+    def __init__(self, network: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        std = torch.tensor(own.std)
+        self.scale = nn.Buffer((torch.tensor(student.std) / std)[:, None, None])  # (C, 1, 1)
+        self.shift = nn.Buffer(((torch.tensor(student.mean) - torch.tensor(own.mean)) / std)[:, None, None])
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Map the student's pictures (N, C, S, S) to logits (N, K)."""
+        logits: Tensor = self.network(images * self.scale + self.shift)
+        return logits
+
+
+def create_teacher(recipe: Recipe, class_names: Sequence[str], student: Preprocessing) -> Teacher | None:
+    """Return the recipe's teacher, or None.
+
+    Args:
+        recipe: ``teacher``, and the sizes of the training pictures.
+        class_names: The classes of the data.
+        student: How the student's pictures are normalised.
 
     Raises:
-        ValueError: There is no such network, or it has other classes.
+        ValueError: There is no such network, it has other classes, or it cannot take the pictures.
         ConnectionError: Its published weights cannot be downloaded.
     """
     if recipe.teacher is None:
         return None
-    path = Path(recipe.teacher)
-    if path.is_dir():
-        network = load_network(path).model
-    else:
-        network = create_network(recipe.teacher, num_classes=PUBLISHED_CLASSES, pretrained=True)
-    with torch.inference_mode():
-        size = recipe.input_size
-        found = network.eval()(torch.zeros(1, 3, size, size)).shape[1]
-    if found != num_classes:
-        raise ValueError(f"recipe field teacher={recipe.teacher} has {found} classes, the data {num_classes}")
-    return network.requires_grad_(False)
+    field = f"recipe field teacher={recipe.teacher}"
+    try:
+        found = load_network(recipe.teacher) if Path(recipe.teacher).is_dir() else _fetch(recipe.teacher)
+    except ValueError as error:
+        raise ValueError(f"{field} is no model or run folder, and no network with published weights: {error}") from None
+    if found.num_classes != len(class_names):
+        raise ValueError(f"{field} has {found.num_classes} classes, the data {len(class_names)}")
+    if found.class_names not in (None, tuple(class_names)):
+        raise ValueError(f"{field} knows other classes than the data has")
+    teacher = Teacher(found.model, found.preprocessing, student)
+    for size in sorted({recipe.size_of(epoch) for epoch in range(recipe.epochs)}):
+        try:
+            teacher(torch.zeros(1, len(student.mean), size, size))
+        except Exception as error:  # each network has its own
+            raise ValueError(f"{field} cannot take pictures of {size} pixels: {str(error).splitlines()[0]}") from None
+    return teacher
+
+
+def _fetch(name: str) -> Checkpoint:
+    """Return a network with its published weights, and how its pictures are normalised."""
+    network = create_network(name, num_classes=PUBLISHED_CLASSES, pretrained=True)
+    cfg = getattr(network, "pretrained_cfg", {})
+    default = Preprocessing()
+    mean, std = tuple(cfg.get("mean", default.mean)), tuple(cfg.get("std", default.std))
+    preprocessing = Preprocessing(mean=mean, std=std)
+    return Checkpoint(name=name, model=network, class_names=None, preprocessing=preprocessing)
 
 
 def compute_distillation(recipe: Recipe, loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:

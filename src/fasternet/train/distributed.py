@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -35,14 +36,16 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device: torch.device | None = None) -> Iterator[World]:
+def join_world(device: torch.device | None = None, *, timeout: timedelta | None = None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started; without it the world is this process alone.
 
     Args:
         device: Where the processes compute: NCCL connects them on CUDA, gloo on the CPU.
+        timeout: How long one may wait for another; None: as long as PyTorch lets it.
 
     Raises:
         ValueError: The environment that ``torchrun`` sets is incomplete, or no number.
+        OSError: Another process is gone.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield World()
@@ -52,24 +55,22 @@ def join_world(device: torch.device | None = None) -> Iterator[World]:
     except (KeyError, ValueError) as error:
         raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be set to numbers, as torchrun does: {error}") from None
     on_gpu = device is not None and device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    if on_gpu:
+        torch.cuda.set_device(device)  # objects travel through the current device
+    with _explain_lost_process():
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
+        try:
+            yield world
+        finally:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def explain_lost_process() -> Iterator[None]:
-    """Say in one sentence that another process of the run is gone.
-
-    Raises:
-        OSError: It is.
-    """
+def _explain_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         reason = " ".join(str(error).splitlines()[0].partition("] ")[2].partition(". ")[0].split()) or "no reason given"
         raise OSError(f"another process of the run is gone ({reason}): see what it said, then resume") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from fasternet.data.loaders import explain_dead_worker
 from fasternet.train.classification import create_classification
 from fasternet.train.device import select_device, select_precision
-from fasternet.train.distributed import World, broadcast, explain_lost_process, gather, join_world, sum_over
+from fasternet.train.distributed import World, broadcast, gather, join_world, sum_over
 from fasternet.train.optim import compute_lr, set_lr, set_training
 from fasternet.train.recipe import Recipe
 from fasternet.train.run import (
     Run,
     Say,
+    begins_with_weights,
     create_run,
     explain_failed_write,
+    has_state,
     restore_run,
     resume_run,
     save_epoch,
@@ -39,6 +42,7 @@ from fasternet.train.watch import Watch, check_watchers, open_watchers
 GPU_READ_STEPS = 10  # losses are read in groups, as each reading makes a GPU wait
 NUM_NAMES = 8  # of pictures in a message
 ROLLBACK_FACTOR = 0.5
+EVALUATION_RISK = 0.1  # share of the time between two states that may be lost by a kill during evaluation
 
 
 class NotFiniteError(ValueError):
@@ -126,12 +130,15 @@ def train(
         OSError: The run folder cannot be written (its last checkpoint is intact), or a loader's process died.
     """
     check_watchers(hooks.watchers if hooks else ())
+    if resume and (checkpoint or pretrained):
+        raise ValueError("resume goes on from the run's own state: leave checkpoint and pretrained out")
     target = select_device(device)
     recipe = dataclasses.replace(recipe, precision=select_precision(recipe.precision, target))
     with explain_dead_worker(), join_world(target) as world:  # a second process may die while the first is explained
-        if world.is_main:
-            check_output(output, resume=resume)
-        broadcast(world, None)  # nobody begins before the folder has been looked at
+        # torchrun counts restarts on the machine alone whose processes failed.
+        restarted = any(gather(world, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+        # Nobody begins before the folder has been looked at.
+        resume = broadcast(world, world.is_main and check_output(output, resume=resume, restarted=restarted))
         task = create_classification(
             model_name,
             data,
@@ -146,12 +153,25 @@ def train(
     return output
 
 
-def check_output(output: Path, *, resume: bool) -> None:
-    """Raise unless a run can start in the folder or, with ``resume``, go on in it."""
-    if resume and not (output / "recipe.yaml").is_file():
+def check_output(output: Path, *, resume: bool, restarted: bool = False) -> bool:
+    """Return whether the run in the folder has a state to go on from; raise unless a run can start or go on in it.
+
+    Args:
+        output: The run folder.
+        resume: Go on with the run that is there.
+        restarted: Go on if there is one: ``torchrun`` started this command anew.
+    """
+    begun = (output / "recipe.yaml").is_file()
+    if resume and not begun:
         raise FileNotFoundError(f"no run to resume in {output}: it has no recipe.yaml")
-    if not resume and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if begun and (resume or restarted):
+        if has_state(output):
+            return True
+        if resume and begins_with_weights(output):
+            raise FileNotFoundError(f"the run in {output} was stopped before its first state: delete it and start anew")
+    elif output.exists() and not (output.is_dir() and all(path.name.startswith(".") for path in output.iterdir())):
         raise FileExistsError(f"{output} exists already; choose another output, or resume the run in it")
+    return False
 
 
 def describe_plan(recipe: Recipe, world: World, num_steps: int) -> str:
@@ -177,7 +197,7 @@ def fit(task: Task, output: Path, *, recipe: Recipe, resume: bool = False, hooks
             hooks.say(warning)
     else:
         start_run(run)
-    with _watch(run, hooks.watchers) as watch, explain_lost_process(), explain_dead_worker():
+    with _watch(run, hooks.watchers) as watch:
         while run.epoch < recipe.epochs:
             try:
                 values = train_epoch(run, hooks)
@@ -235,6 +255,8 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
     values: dict[str, Any] = {"train_loss": run.loss_sum / task.num_steps, "lr": lr, "images_per_second": speed}
     if run.unreadable:
         values["unreadable"] = list(run.unreadable)
+    if time.perf_counter() - saved > 60 * hooks.save_minutes * EVALUATION_RISK:
+        _save_within_epoch(run, stopped=False)
     values |= _evaluate(run)
     return {**values, "seconds": time.perf_counter() - started}
 

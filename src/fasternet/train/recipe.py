@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fasternet.models.checkpoint import write_atomically
 from fasternet.train.fields import describe_type, has_type, parse_value
 
 
@@ -186,11 +187,12 @@ def parse_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 
 
 def save_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe as YAML."""
+    """Write a recipe as YAML, atomically."""
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
-    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(fields, sort_keys=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -105,12 +105,25 @@ def create_run(task: Task, recipe: Recipe, output: Path) -> Run:
 
 
 def start_run(run: Run) -> None:
-    """Write what a run folder begins with; from here on the run can be resumed."""
+    """Write what a run folder begins with; from its recipe on, the run can be resumed."""
     if run.world.is_main:
-        append_records(run.output / "log.jsonl", [_describe_run(run)])
-        save_run_state(run)
-        save_machine(run.output / "machines", describe_machine())
+        run.output.mkdir(parents=True, exist_ok=True)
         save_recipe(run.output / "recipe.yaml", run.recipe)
+        _rewrite_log(run.output, [_describe_run(run)])
+        save_machine(run.output / "machines", describe_machine())
+        save_run_state(run)
+
+
+def has_state(output: Path) -> bool:
+    """Whether a run folder holds a state to go on from."""
+    return any((output / "last").glob("state*.pt"))
+
+
+def begins_with_weights(output: Path) -> bool:
+    """Whether the run in a folder began with weights of another one, which it no longer has without a state."""
+    log = output / "log.jsonl"
+    records = load_records(log) if log.is_file() else []
+    return bool(records and records[0].condition.get("initial_weights"))
 
 
 def resume_run(run: Run, say: Say) -> None:
