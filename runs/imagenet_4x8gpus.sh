@@ -5,6 +5,7 @@
 set -euo pipefail
 imagenet=$1 name=$2 output=$3
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else processes that are started again may meet addresses of dead ones
 resume=()
 if [ -f "$output/recipe.yaml" ]; then resume=(--resume); fi
 torchrun --nnodes 4 --nproc-per-node 8 --max-restarts 3 \

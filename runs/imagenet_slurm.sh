@@ -13,6 +13,7 @@ set -euo pipefail
 imagenet=$1 name=$2 output=$3
 
 main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else processes that are started again may meet addresses of dead ones
 resume=()
 if [ -f "$output/recipe.yaml" ]; then resume=(--resume); fi
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"; wait; scontrol requeue "$SLURM_JOB_ID"' USR1

@@ -135,7 +135,7 @@ def test_command_under_torchrun_speaks_once(pictures: Path, tmp_path: Path) -> N
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 2
     assert result.stderr.count("epoch 1/1  loss") == 1
-    assert "batch 8 = 2 processes x 1 parts x 4, rate 0.0003" in result.stderr
+    assert "batch 8 = 2 processes x 1 parts x 4, rate 0.0004" in result.stderr
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK"])

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -58,11 +60,31 @@ def join_world(device: torch.device | None = None, *, timeout: timedelta | None 
     if on_gpu:
         torch.cuda.set_device(device)  # objects travel through the current device
     with _explain_lost_process():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=_open_store(),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
         try:
             yield world
         finally:
             dist.destroy_process_group()
+
+
+def _open_store() -> Store:
+    """Return the place where the processes find each other.
+
+    ``torchrun`` keeps it over its restarts, and the addresses of processes that are gone with it: a process that is
+    quick finds such an address instead of a new one, and all of them hang. So each attempt writes under a name of its
+    own; on several machines, which count attempts apart, ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` does that.
+    """
+    store: Store = next(rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextlib.contextmanager
