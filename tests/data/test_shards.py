@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fasternet.data import shard_files
 from fasternet.data.datasets import create_datasets, create_validation_dataset
