@@ -115,9 +115,10 @@ class Classification(Task):
 
     def move(self, images: Tensor) -> Tensor:
         """Return pictures on the device, in the recipe's memory format, normalized where they come as bytes."""
-        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        images = images.to(self.device, memory_format=layout, non_blocking=True)
-        return normalize_batch(images, self.preprocessing) if images.dtype == torch.uint8 else images
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:  # before NHWC, where a value a channel is an inner loop of three
+            images = normalize_batch(images, self.preprocessing)
+        return images.to(memory_format=torch.channels_last) if self.recipe.channels_last else images
 
     def _create_loader(self, size: int) -> Loader:
         recipe, dataset = self.recipe, self.datasets.train
