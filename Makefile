@@ -27,6 +27,7 @@ test-gpu: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/fasternet bench operators --device cuda
 	$(BIN)/fasternet bench networks --device cuda
+	$(BIN)/fasternet bench training fasternet_t0 --data digits --device cuda
 
 # The oldest torch that is supported, in an environment of its own.
 test-min: .venv-min/.installed
