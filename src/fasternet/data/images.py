@@ -71,13 +71,26 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     Raises:
         FileNotFoundError: A folder holds no picture.
     """
-    images: list[Path] = []
+    return list(list_images(paths))
+
+
+def list_images(paths: Iterable[Path | str]) -> Iterator[Path]:
+    """Yield what ``find_images`` lists while the folders are read: one folder at a time is in memory.
+
+    Raises:
+        FileNotFoundError: A folder holds no picture.
+    """
     for path in map(Path, paths):
-        found = sorted(_walk(path)) if path.is_dir() else [path]
-        if not found:
+        found = _walk(path) if path.is_dir() else iter([path])
+        if (first := next(found, None)) is None:
             raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}")
-        images += found
-    return images
+        yield first
+        yield from found
+
+
+def holds_image(folder: Path) -> bool:
+    """Whether there is a picture in a folder or below it."""
+    return next(_walk(folder), None) is not None
 
 
 def _read(source: Path | io.BytesIO, name: Path | str) -> Image.Image:
@@ -96,11 +109,13 @@ def _read(source: Path | io.BytesIO, name: Path | str) -> Image.Image:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield Path(parent, name)
+    with os.scandir(folder) as entries:
+        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name, is_folder in names:
+        if is_folder:
+            yield from _walk(folder / name)
+        elif name.lower().endswith(IMAGE_SUFFIXES):
+            yield folder / name
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasternet.data.datasets import is_sharded
-from fasternet.data.images import IMAGE_SUFFIXES, ImageError, load_image
+from fasternet.data.images import ImageError, holds_image, list_images, load_image
 from fasternet.data.loaders import explain_dead_worker
 from fasternet.data.shards import stream_shard_pictures
 from fasternet.data.transforms import Transform
@@ -108,30 +108,6 @@ def predict_to_file(
     return sum(predicted for predicted, _ in totals), sum(unreadable for _, unreadable in totals)
 
 
-def list_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Yield what ``find_images`` lists, in its order, while the folders are read: one folder at a time is in memory.
-
-    Raises:
-        FileNotFoundError: A folder holds no picture.
-    """
-    for path in map(Path, paths):
-        found = _walk(path) if path.is_dir() else iter([path])
-        if (first := next(found, None)) is None:
-            raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}")
-        yield first
-        yield from found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in names:
-        if is_folder:
-            yield from _walk(folder / name)
-        elif name.lower().endswith(IMAGE_SUFFIXES):
-            yield folder / name
-
-
 def _deal(images: Sequence[str | Path], batch_size: int, world: World, first: Place) -> Iterator[Batch]:
     """Yield this process's batches; those of shards before ``first`` are passed over unread, others are not."""
     sharded = [path for path in images if is_sharded(path) or _holds_shards(Path(path))]
@@ -150,7 +126,7 @@ def _deal(images: Sequence[str | Path], batch_size: int, world: World, first: Pl
 
 def _holds_shards(folder: Path) -> bool:
     """Tell whether a folder holds tar files and no pictures."""
-    return next(folder.glob("*.tar"), None) is not None and next(_walk(folder), None) is None
+    return next(folder.glob("*.tar"), None) is not None and not holds_image(folder)
 
 
 def _cut(pictures: Iterable[tuple[str, Callable[[], Image.Image]]], batch_size: int, shard: int) -> Iterator[Batch]:
