@@ -26,7 +26,12 @@ test-gpu: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/fasternet bench operators --device cuda
-	$(BIN)/fasternet bench networks --device cuda
+	$(BIN)/fasternet bench operators --device cuda --batch-size 32
+	$(BIN)/fasternet bench networks --device cuda --engines eager,compile --precisions fp32,bf16
+	$(BIN)/fasternet bench networks --device cuda --engines eager,compile --precisions fp32,bf16 --batch-size 32
+	$(BIN)/fasternet bench deploy --device cuda --batch-size 32
+	$(BIN)/fasternet bench sweeps --device cuda --engines eager,compile
+	$(BIN)/fasternet bench steps --device cuda
 	$(BIN)/fasternet bench training fasternet_t0 --data digits --device cuda
 
 # The oldest torch that is supported, in an environment of its own.

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasternet import complexity
 from fasternet.complexity import count_costs
-from fasternet.models.fasternet import VARIANTS, FasterNet
+from fasternet.models.fasternet import TABLE5, VARIANTS, FasterNet
+from fasternet.models.registry import create_ablation, list_ablations
 from fasternet.ops.pconv import PConv2d
 from fasternet.ops.reference_ops import TConv2d, create_operator
 from fasternet.paper import load_table
@@ -148,6 +149,39 @@ def test_table_8_macs_are_those_of_convolutions_and_the_classifier():
     costs = count_costs(FasterNet(VARIANTS["fasternet_t0"]))
     kinds = {row.kind for row in costs.rows if row.macs}
     assert kinds == {"Conv2d", "PConv2d", "Linear"}
+
+
+# multiply-adds in units of 10 000; of T0* only r = 1/8 was published
+TABLE5_MACS = {
+    "T0* r=1/2": "336.27",
+    "T0* r=1/8": "338.78",
+    "T0 LN": "335.42",
+    "T0 ReLU": "335.42",
+    "T2 GELU": "1904.33",
+}
+
+
+def test_table_5_variants_have_their_multiply_adds(monkeypatch):
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **_: weight)
+    assert {*TABLE5, "T0* ReLU"} == {row["variant"] for row in load_table("table5_ablation")}
+    assert list_ablations() == list(TABLE5_MACS)
+    for variant, macs in TABLE5_MACS.items():
+        model = create_ablation(variant, num_classes=1000, drop_path_rate=0.1)
+        assert printed(count_costs(model).macs, macs, unit=6, rounding=ROUND_HALF_EVEN) == macs
+        norms = {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__}
+        assert ("BatchNorm2d" in norms) == (variant != "T0 LN")
+        assert any(isinstance(module, nn.ReLU) for module in model.modules()) == (variant == "T0 ReLU")
+    pconv = create_ablation("T0* r=1/2").stages[0].blocks[0].pconv
+    assert (pconv.partial_channels, pconv.channels) == (18, 36)
+
+
+def test_table_5_refuses_what_was_never_published():
+    with pytest.raises(ValueError, match=r"variant 'T0\* ReLU' of Table 5 cannot be built: .* never published"):
+        create_ablation("T0* ReLU")
+    with pytest.raises(ValueError, match=r"variant 'T0 r=1/3' is not one of Table 5: T0\* r=1/2, T0 r=1/4, "):
+        create_ablation("T0 r=1/3")
+    with pytest.raises(ValueError, match="unknown option colour"):
+        create_ablation("T0 LN", colour=1)
 
 
 RIVALS = {

@@ -5,7 +5,7 @@ from importlib import resources
 import pytest
 
 from fasternet import paper
-from fasternet.paper import TABLES, load_table
+from fasternet.paper import TABLES, load_accuracy, load_table
 
 NUM_ROWS = {
     "claims": 19,
@@ -19,6 +19,7 @@ NUM_ROWS = {
     "table7_coco_recipe": 14,
     "table8_architecture": 6,
     "table9_forward_choice": 10,
+    "today_accuracy": 14,
 }
 
 
@@ -45,6 +46,13 @@ def test_load_table_has_all_rows_and_no_ragged_one(name):
 @pytest.mark.parametrize("name", sorted(set(TABLES) - {"claims"}))
 def test_load_table_says_where_each_row_stands(name):
     assert all(row.get("version") or row["source"] for row in load_table(name))
+
+
+def test_every_network_has_a_published_accuracy_with_its_source():
+    accuracies = load_accuracy()
+    assert len(accuracies) == 35 + 14
+    assert accuracies["FasterNet-T0"] == (71.9, "paper, Table 3")
+    assert all(60 < top1 < 90 and source for top1, source in accuracies.values())
 
 
 def test_load_table_names_what_is_allowed():

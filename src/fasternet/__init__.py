@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasternet.complexity import count_costs
-    from fasternet.deploy import fold_batch_norm, optimize_for_inference
+    from fasternet.deploy import create_runtime, fold_batch_norm, optimize_for_inference
     from fasternet.models import (
         FasterNet,
         FasterNetConfig,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from fasternet.ops import PConv2d, list_impls, pconv2d, pconv2d_
     from fasternet.predict import Predictor
+    from fasternet.rivals import create_network
 
 _HOMES = {
     "FasterNet": "models",
@@ -29,6 +30,8 @@ _HOMES = {
     "Predictor": "predict",
     "count_costs": "complexity",
     "create_model": "models",
+    "create_network": "rivals",
+    "create_runtime": "deploy",
     "fold_batch_norm": "deploy",
     "list_impls": "ops",
     "list_models": "models",
@@ -48,6 +51,8 @@ __all__ = [
     "Predictor",
     "count_costs",
     "create_model",
+    "create_network",
+    "create_runtime",
     "fold_batch_norm",
     "list_impls",
     "list_models",

@@ -1,7 +1,8 @@
-"""Describes this machine and this software as ``records`` wants them, and makes records that carry both."""
+"""Describes this machine and this software as ``records`` wants them, makes records, and sets the threads."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -10,7 +11,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from fasternet.records import Machine, Record
 
+_CORES = Path("/sys/devices/system/cpu")
 _INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
@@ -99,6 +102,119 @@ def create_record(
         command=_command(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+@contextlib.contextmanager
+def set_threads(num_threads: int, *, pinned: bool = True) -> Iterator[dict[str, Any]]:
+    """Compute with so many threads, on so many cores, inside the ``with`` block.
+
+    Torch gets that many threads, and all threads that this process has are pinned to as many of its cores: those least
+    busy just now, one hardware thread of each physical core first. What starts inside (threads, processes) stays
+    there too. All of it is undone at the end.
+
+    Args:
+        num_threads: From 1 to the cores at hand.
+        pinned: Whether to pin; helpers of the measured work, such as processes that load pictures, may need the others.
+
+    Yields:
+        What the machine was like on entry, for the record: ``affinity`` (the cores in use), ``torch_threads``,
+        ``load_average`` (of the last minute) and ``clock_mhz`` (of those cores); what cannot be read or set is None,
+        with its ``<name>_reason``.
+
+    Raises:
+        ValueError: This process has fewer cores.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    available = len(cores) if cores else os.cpu_count() or 1
+    if not 1 <= num_threads <= available:
+        raise ValueError(f"threads must be from 1 to {available}, the cores at hand, not {num_threads}")
+    describe_machine()  # is remembered, and would count fewer cores below
+    load_average = os.getloadavg()[0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        if (actual := torch.get_num_threads()) != num_threads:
+            raise RuntimeError(f"torch computes with {actual} threads instead of {num_threads}")
+        with _pin(_choose_cores(cores, num_threads if pinned else available) if cores else None) as cores_in_use:
+            yield {"torch_threads": actual, "load_average": load_average, **cores_in_use}
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _pin(cores: list[int] | None) -> Iterator[dict[str, Any]]:
+    """Keep all threads of this process on ``cores``; yield what came of it."""
+    if cores is None:
+        hidden = "this system does not let a process choose its cores"
+        yield {"affinity": None, "affinity_reason": hidden, "clock_mhz": None, "clock_mhz_reason": hidden}
+        return
+    own = os.sched_getaffinity(0)
+    before = {}
+    try:
+        for thread in _list_threads():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                before[thread] = os.sched_getaffinity(thread)
+                os.sched_setaffinity(thread, cores)
+        yield _describe_cores(sorted(os.sched_getaffinity(0)))
+    finally:
+        for thread in _list_threads():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, before.get(thread, own))
+
+
+def _list_threads() -> list[int]:
+    """Return the threads of this process, as the system numbers them; only the calling one where it hides them."""
+    try:
+        return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return [0]
+
+
+def _describe_cores(cores: list[int]) -> dict[str, Any]:
+    try:
+        clocks = [int((_CORES / f"cpu{core}/cpufreq/scaling_cur_freq").read_text()) / 1e3 for core in cores]
+    except (OSError, ValueError):
+        hidden = "no cpufreq interface (virtual machines hide it)"
+        return {"affinity": cores, "clock_mhz": None, "clock_mhz_reason": hidden}
+    return {"affinity": cores, "clock_mhz": clocks}
+
+
+def _choose_cores(cores: list[int], num_cores: int) -> list[int]:
+    """Return the least busy cores; two that share a physical core only once every other has been taken."""
+    if num_cores == len(cores):
+        return cores
+    siblings = {core: _siblings(core) for core in cores}
+    begin = _busy_ticks()
+    time.sleep(0.05)
+    busy = {core: ticks - begin.get(core, ticks) for core, ticks in _busy_ticks().items()}
+    firsts: list[int] = []
+    seconds: list[int] = []
+    taken: set[int] = set()
+    for core in sorted(cores, key=lambda core: sum(busy.get(sibling, 0) for sibling in siblings[core])):
+        (seconds if core in taken else firsts).append(core)
+        taken |= siblings[core]
+    return sorted([*firsts, *seconds][:num_cores])
+
+
+def _siblings(core: int) -> set[int]:
+    """Return the hardware threads of this one's physical core, itself among them."""
+    try:
+        text = (_CORES / f"cpu{core}/topology/thread_siblings_list").read_text()
+        ranges = [part.split("-") for part in text.strip().split(",")]
+        return {core}.union(*(range(int(ends[0]), int(ends[-1]) + 1) for ends in ranges))
+    except (OSError, ValueError):
+        return {core}
+
+
+def _busy_ticks() -> dict[int, int]:
+    """Return for how long each core has worked since the machine started; empty where the system hides it."""
+    try:
+        text = Path("/proc/stat").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    rows = re.findall(r"^cpu(\d+) (.+)$", text, re.MULTILINE)
+    # user nice system idle iowait irq softirq steal: all but idle and iowait
+    return {int(core): sum(map(int, [*(f := fields.split())[:3], *f[5:8]])) for core, fields in rows}
 
 
 def _processor() -> tuple[str, frozenset[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fasternet.benchmark import faults, networks, operators, training
+from fasternet.benchmark import faults, networks, operators, steps, sweeps, training
 from fasternet.cli.bench import bench
 from fasternet.environment import create_record
 from fasternet.records import Record, load_records
@@ -70,6 +70,50 @@ def test_networks_are_printed_beside_the_paper(tmp_path: Path, asked: list[dict[
     assert result.stderr.splitlines()[-2].startswith("unstable: 1; run again")
     assert result.stderr.splitlines()[-1] == str(path)
     assert [record.kind for record in load_records(path)].count("latency") == 2
+
+
+def test_engines_are_named_where_they_are_not_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_networks(names: Any, **options: Any) -> Iterator[Record]:
+        own = {"input_size": 224, "engine": "openvino", "precision": "bf16"}
+        yield create_record("networks", "latency", "FasterNet-T0", condition=own, values=LATENCY)
+        eager = {"baseline": "FasterNet-T0", "baseline_engine": "eager", "baseline_precision": "fp32"}
+        yield create_record("networks", "ratio", "FasterNet-T0", condition={**own, **eager}, values=RATIO)
+        same = {"baseline": "FasterNet-T0", "baseline_engine": "openvino", "baseline_precision": "bf16"}
+        warned = {**RATIO, "warnings": ["other processes kept 1.6 cores busy"]}
+        yield create_record("networks", "ratio", "FasterNet-T0", condition={**own, **same}, values=warned)
+
+    monkeypatch.setattr(networks, "measure_networks", measure_networks)
+    result = _run("networks", "--out", str(tmp_path / "mine.jsonl"))
+    latency, ratio, control = (line for line in result.stdout.splitlines() if line.strip().startswith("FasterNet-T0"))
+    assert latency.split()[:3] == ["FasterNet-T0", "openvino", "bf16"]
+    assert latency.split()[4] == "8.2"  # the paper's
+    assert ratio.split()[:5] == ["FasterNet-T0", "openvino", "bf16", "FasterNet-T0", "-"]
+    assert "itself (A/A control)" in control
+    assert "warning: other processes kept 1.6 cores busy" in result.stderr.splitlines()
+
+
+def test_resuming_takes_the_records_that_are_there(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    path = tmp_path / "mine.jsonl"
+    _run("networks", "--out", str(path))
+    result = _run("networks", "--resume", "--json", "--out", str(path))
+    assert [len(options["known"]) for options in asked] == [0, 5]
+    assert len(json.loads(result.stdout)) == 10  # what was there, and what came
+
+
+@pytest.mark.parametrize(("name", "module"), [("sweeps", sweeps), ("steps", steps)])
+def test_sweeps_and_steps_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
+    asked: dict[str, Any] = {}
+
+    def measure(*given: Any, **options: Any) -> Iterator[Record]:
+        asked.update(options, given=given)
+        return _records(name, ("FasterNet-T0", "MobileViT-XXS"), {"input_size": 224})
+
+    monkeypatch.setattr(module, f"measure_{name}", measure)
+    result = _run(name, "--networks", "FasterNet-T0, MobileViT-XXS", "--quick", "--out", str(tmp_path / "mine.jsonl"))
+    assert ["FasterNet-T0", "MobileViT-XXS"] in (asked.get("networks"), *asked["given"])
+    assert asked["quick"] is True
+    assert "12.5" in result.stdout
+    assert len(load_records(tmp_path / "mine.jsonl")) == 5
 
 
 def test_operators_are_printed_beside_the_paper(tmp_path: Path, asked: list[dict[str, Any]]) -> None:

@@ -1,12 +1,14 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fasternet.benchmark import networks
-from fasternet.benchmark.networks import FASTERNETS, QUICK, list_groups, measure_networks
+from fasternet.benchmark import networks, prepare
+from fasternet.benchmark.networks import QUICK, list_groups, measure_networks
+from fasternet.benchmark.prepare import ABLATIONS, FASTERNETS, prepare_network
+from fasternet.benchmark.results import find_fault
 from fasternet.models.registry import create_model
 from fasternet.paper import load_table
 from fasternet.records import Record
@@ -14,15 +16,17 @@ from fasternet.rivals import list_rivals
 from fasternet.timing import Peak
 
 SIZE = 32
+SETTINGS = {"num_blocks": 4, "min_block_s": 1e-4, "warmup_s": 0.0}
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow networks and tiny blocks, against a peak that is given."""
-    settings = {"num_blocks": 4, "min_block_s": 1e-4, "warmup_s": 0.0}
-    monkeypatch.setattr(networks, "choose_settings", lambda device, seed, **_: {**settings, "seed": seed})
+    monkeypatch.setattr(
+        networks, "choose_settings", lambda device, seed, track, **_: {**SETTINGS, "seed": seed, "track": track}
+    )
     monkeypatch.setattr(networks, "measure_peaks", lambda **_: [Peak("gemm", {"precision": "fp32"}, 1e9)])
-    monkeypatch.setattr(networks, "_create", _create_small)
+    monkeypatch.setattr(prepare, "create_network", _create_small)
 
 
 def _create_small(name: str) -> nn.Module:
@@ -46,25 +50,41 @@ def _find(records: list[Record], kind: str) -> dict[str, Record]:
     return {record.subject: record for record in records if record.kind == kind}
 
 
-def _spoil(monkeypatch: pytest.MonkeyPatch, network: str, spoil: Callable[[nn.Module], nn.Module]) -> None:
+def _spoil(monkeypatch: pytest.MonkeyPatch, network: str, spoil: Callable[[Any], Any]) -> None:
     """Let the deployment of one network go wrong."""
-    deploy = networks._deploy
+    deploy, create = prepare._deploy, prepare.create_runtime
 
-    def deploy_wrongly(model: nn.Module, name: str, impl: str, x: torch.Tensor) -> nn.Module:
-        deployed = deploy(model, name, impl, x)
-        return spoil(deployed) if name == network else deployed
+    def deploy_wrongly(name: str, *args: Any) -> Any:
+        wrong = name == network
+        monkeypatch.setattr(
+            prepare, "create_runtime", lambda *a, **k: spoil(create(*a, **k)) if wrong else create(*a, **k)
+        )
+        return deploy(name, *args)
 
-    monkeypatch.setattr(networks, "_deploy", deploy_wrongly)
+    monkeypatch.setattr(prepare, "_deploy", deploy_wrongly)
+
+
+class _Spoiled:
+    """A runtime whose output is changed on its way out."""
+
+    def __init__(self, runtime: Any, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.runtime, self.change = runtime, change
+        self.load_s, self.file_bytes = runtime.load_s, runtime.file_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change(x, self.runtime(x))
 
 
 def test_groups_hold_table3_and_todays_networks_once() -> None:
     groups = list_groups()
-    *table3, today = groups
+    *table3, table4, today = groups
     assert [group[0] for group in table3] == list(FASTERNETS)
+    assert table4 == ("FasterNet-M", "ResNet101", "ResNeXt101-32x4d", "ResNeXt101-64x4d")
     assert today[0] == "FasterNet-T0"
     rivals = [name for group in groups for name in group if not name.startswith("FasterNet")]
     assert sorted(rivals) == sorted(rival.name for rival in list_rivals())
     printed = {row["network"]: row["group"] for row in load_table("table3_imagenet")}
+    assert sum(":" not in name for group in table3 for name in group) == 35
     for group in table3:
         assert {printed[name.partition(":")[0]] for name in group} == {printed[group[0]]}
         assert {f"{group[0]}:split_cat", f"{group[0]}:slicing"} < set(group)
@@ -103,28 +123,78 @@ def test_latency_record_holds_costs_rates_and_samples() -> None:
 
 
 def test_every_form_of_fasternet_is_deployed_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    deployed: dict[str, nn.Module] = {}
-    choose = networks._choose_memory_format
+    given: dict[str, set[str]] = {}
+    deploy = prepare._deploy
 
-    def watch(model: nn.Module, *args: Any) -> Any:
-        impls = {module.impl for module in model.modules() if isinstance(module, networks.PConv2d)}
-        deployed["".join(sorted(impls))] = model
-        return choose(model, *args)
+    def watch(name: str, oracle: Any, condition: Any, *args: Any) -> Any:
+        def create(network: nn.Module, *a: Any, **k: Any) -> Any:
+            given[name] = {module.impl for module in network.modules() if isinstance(module, prepare.PConv2d)}
+            return created(network, *a, **k)
 
-    monkeypatch.setattr(networks, "_choose_memory_format", watch)
+        created = prepare.create_runtime
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "create_runtime", create)
+            return deploy(name, oracle, condition, *args)
+
+    monkeypatch.setattr(prepare, "_deploy", watch)
     records = _measure("FasterNet-T0", "FasterNet-T0:split_cat", "FasterNet-T0:slicing")
     assert not [record for record in records if "error" in record.values]
-    assert set(deployed) == {"", "split_cat", "slicing"}
-    for model in deployed.values():
-        assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert given == {
+        "FasterNet-T0": {"auto"},
+        "FasterNet-T0:split_cat": {"split_cat"},
+        "FasterNet-T0:slicing": {"slicing"},
+    }
+
+
+def test_engines_run_interleaved_and_are_compared() -> None:
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    records = _measure("FasterNet-T0", "MobileNetV2", "FasterNet-T0:slicing", engines=("onnxruntime", "eager"))
+    timed = [(r.subject, r.condition["engine"]) for r in records if r.kind == "latency"]
+    assert timed == [
+        ("FasterNet-T0", "eager"),
+        ("FasterNet-T0", "onnxruntime"),
+        ("MobileNetV2", "eager"),
+        ("MobileNetV2", "onnxruntime"),
+        ("FasterNet-T0:slicing", "eager"),
+    ]
+    ratios = {
+        (r.subject, r.condition["engine"], r.condition["baseline"], r.condition["baseline_engine"])
+        for r in records
+        if r.kind == "ratio" and not r.condition.get("best_engines")
+    }
+    assert ratios == {
+        ("FasterNet-T0", "eager", "FasterNet-T0", "eager"),
+        ("FasterNet-T0", "onnxruntime", "FasterNet-T0", "eager"),
+        ("MobileNetV2", "eager", "FasterNet-T0", "eager"),
+        ("MobileNetV2", "onnxruntime", "FasterNet-T0", "onnxruntime"),
+        ("MobileNetV2", "onnxruntime", "MobileNetV2", "eager"),
+        ("FasterNet-T0:slicing", "eager", "FasterNet-T0", "eager"),
+    }
+    medians = {(r.subject, r.condition["engine"]): r.values["latency_ms"] for r in records if r.kind == "latency"}
+    (best,) = (r for r in records if r.condition.get("best_engines"))
+    for name, engine in ((best.subject, "engine"), ("FasterNet-T0", "baseline_engine")):
+        rivals = {e: ms for (subject, e), ms in medians.items() if subject == name}
+        assert best.condition[engine] == min(rivals, key=rivals.__getitem__)
+
+
+def test_groups_that_are_known_are_left_out() -> None:
+    records, said = _measure("FasterNet-T0", "MobileNetV2"), []
+    assert _measure("FasterNet-T0", "MobileNetV2", known=records, say=said.append) == []
+    assert said == ["measured already, and left out: 1 of 1 groups"]
+    assert _measure("FasterNet-T0", "MobileNetV2", known=records, batch_size=2)
+    assert _measure("FasterNet-T0", "MobileNetV2", known=[r for r in records if r.subject != "MobileNetV2"])
+
+
+def test_time_left_is_told_after_each_group() -> None:
+    groups = [("FasterNet-T0", "MobileNetV2"), ("FasterNet-L",)]  # 1 + 0.34 + 1 + 0.30 and 1 + 15.49
+    assert networks._tell_progress(groups, 1, 264.0) == (
+        "1 of 2 groups measured (FasterNet-T0) in 4 min; about 28 min left"
+    )
+    assert networks._tell_progress(groups, 2, 600.0) == "2 of 2 groups measured (FasterNet-L) in 10 min"
 
 
 def test_wrong_network_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nudge(model: nn.Module) -> nn.Module:
-        model[-1].weight.data.mul_(1.001)
-        return model
-
-    _spoil(monkeypatch, "MobileNetV2", nudge)
+    _spoil(monkeypatch, "MobileNetV2", lambda runtime: _Spoiled(runtime, lambda x, y: 1.001 * y))
     latencies = _find(_measure("FasterNet-T0", "MobileNetV2", "ResNet50"), "latency")
     assert latencies["MobileNetV2"].values["error"].startswith("wrong: relative difference")
     assert set(latencies["MobileNetV2"].values) == {"error"}
@@ -132,17 +202,11 @@ def test_wrong_network_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_network_that_spoils_its_input_is_recorded_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spoiler(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
+    def halve(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
+        return y
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.model(x)
-            x.mul_(0.5)
-            return y
-
-    _spoil(monkeypatch, "MobileNetV2", Spoiler)
+    _spoil(monkeypatch, "MobileNetV2", lambda runtime: _Spoiled(runtime, halve))
     error = _find(_measure("MobileNetV2"), "latency")["MobileNetV2"].values["error"]
     assert error.startswith("wrong: relative difference")
 
@@ -158,7 +222,7 @@ def test_network_that_spoils_its_input_is_recorded_as_wrong(monkeypatch: pytest.
     ],
 )
 def test_failing_network_is_recorded(monkeypatch: pytest.MonkeyPatch, raised: Exception, recorded: str) -> None:
-    def fail(model: nn.Module) -> nn.Module:
+    def fail(runtime: Any) -> Any:
         raise raised
 
     _spoil(monkeypatch, "MobileNetV2", fail)
@@ -171,7 +235,7 @@ def test_nothing_is_measured_where_everything_fails(monkeypatch: pytest.MonkeyPa
     def fail(name: str) -> nn.Module:
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr(networks, "_create", fail)
+    monkeypatch.setattr(prepare, "create_network", fail)
     records = _measure("MobileNetV2")
     assert [(record.kind, record.values.get("error")) for record in records[1:]] == [
         ("latency", "failed: no such layer")
@@ -185,7 +249,7 @@ def test_dead_oracle_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.init.zeros_(model[-1].bias)
         return model
 
-    monkeypatch.setattr(networks, "_create", create)
+    monkeypatch.setattr(prepare, "create_network", create)
     error = _find(_measure("MobileNetV2"), "latency")["MobileNetV2"].values["error"]
     assert error.startswith("wrong: the oracle's largest output is 0.0e+00")
 
@@ -212,11 +276,42 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
         next(iter(measure_networks(**arguments)))
 
 
+@pytest.mark.parametrize(
+    ("output", "precision", "fault"),
+    [
+        (1.0002, "fp32", None),
+        (1.001, "fp32", "wrong: relative difference"),
+        (float("nan"), "fp32", "wrong: relative difference nan"),
+        (0.5, "bf16", None),  # points the same way
+        (float("nan"), "int8", "wrong: correlation nan"),
+    ],
+)
+def test_precisions_have_limits_of_their_own(output: float, precision: str, fault: str | None) -> None:
+    expected = torch.linspace(-1, 1, 100).reshape(2, 50)
+    found = find_fault(output * expected, expected, precision)
+    assert found is None if fault is None else str(found).startswith(fault)
+
+
+def test_unlike_outputs_are_a_fault_in_every_precision() -> None:
+    expected, other = torch.randn(2, 1, 1000, generator=torch.Generator().manual_seed(0))
+    for precision in ("fp32", "bf16", "int8"):
+        assert str(find_fault(other, expected, precision)).startswith("wrong: ")
+
+
+def _list_checks() -> Iterator[tuple[str, str]]:
+    for name in dict.fromkeys(name for group in list_groups() for name in group):
+        yield from (
+            (name, engine) for engine in ("eager", "onnxruntime", "openvino") if ":" not in name or engine == "eager"
+        )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for group in list_groups() for name in group])
-def test_every_network_passes_its_check(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(("name", "engine"), [*_list_checks(), *((name, "eager") for name in ABLATIONS)])
+def test_every_network_passes_its_check(monkeypatch: pytest.MonkeyPatch, name: str, engine: str) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(networks, "_choose_memory_format", lambda model, x, settings: (model, x, "", {}))
-    condition = {"input_size": networks._find_input_size(name), "batch_size": 1, "device": "cpu"}
-    prepared = networks._prepare(name, condition, {"seed": 0})
+    if engine != "eager":
+        pytest.importorskip(engine, reason=f"needs {engine}")
+    monkeypatch.setattr(prepare, "_try_memory_formats", lambda *_: {"contiguous": 0.0})
+    condition = {"input_size": prepare.find_input_size(name), "batch_size": 1, "device": "cpu", "threads": 1}
+    _, prepared = prepare_network("networks", name, condition, [(engine, "fp32")], {"seed": 0})
     assert not isinstance(prepared, Record), prepared.values

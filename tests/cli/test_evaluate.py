@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 from typer.testing import CliRunner, Result
 
 from fasternet.cli import app
+from fasternet.deploy import explain_engine
 from fasternet.models.checkpoint import Preprocessing, save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.rivals import create_network, save_network
@@ -101,6 +102,19 @@ def test_rival_is_evaluated_and_optimised(data: Path, tmp_path: Path) -> None:
     plain, folded = load(*arguments), load(*arguments, "--engine", "eager")
     assert (plain["model"], plain["num_images"]) == ("MobileNetV2", 9)
     assert folded["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_engine_and_precision_are_taken(small: Path, data: Path) -> None:
+    if reason := explain_engine("openvino"):
+        pytest.skip(reason)
+    arguments = ("--data", data, "--checkpoint", small)
+    plain, fast = load(*arguments), load(*arguments, "--engine", "openvino", "--size", 32, "--batch-size", 4)
+    assert (plain["engine"], fast["engine"], fast["precision"]) == (None, "openvino", "fp32")
+    assert fast["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    larger = load(*arguments, "--engine", "eager", "--size", 64)
+    assert larger["input_size"] == 64
+    error = run(*arguments, "--precision", "bf16").exception
+    assert str(error).startswith("precision=bf16 needs an engine")
 
 
 def test_imagenet_weights_take_imagenets_layouts(tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def test_info_takes_rivals_at_their_own_size(capsys):
     assert document["layers"][0]["input_shape"] == [1, 3, 256, 256]
 
 
+def test_info_takes_the_variants_of_table_5(capsys):
+    info("FasterNet-T0* r=1/8", as_json=True)
+    assert json.loads(capsys.readouterr().out)["macs"] == 338_778_728
+    with pytest.raises(ValueError, match=r"variant 'T0\* ReLU' of Table 5 cannot be built"):
+        info("FasterNet-T0* ReLU")
+
+
 def test_info_offers_near_names():
     with pytest.raises(ValueError, match=r"unknown network 'mobilenetv2': near names are .*MobileNetV2"):
         info("mobilenetv2")

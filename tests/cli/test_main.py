@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from fasternet import cli
 
-COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "convert", "push", "report", "env")
+COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "pick", "convert", "push", "report", "env")
 GROUPS = {
-    "bench": ("operators", "networks", "deploy", "training", "faults"),
+    "bench": ("operators", "networks", "sweeps", "steps", "deploy", "training", "faults"),
     "data": ("check", "pack"),
-    "reproduce": ("list", "table6"),
-    "results": ("merge",),
+    "reproduce": ("list", *(f"table{n}" for n in (1, 3, 5, 6, 8, 9)), *(f"fig{n}" for n in (1, 2, 4, 7, 8))),
+    "results": ("merge", "check"),
 }
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fasternet.cli.predict import predict
+from fasternet.deploy import explain_engine
 from fasternet.models import create_model, save_checkpoint
 
 
@@ -44,3 +45,13 @@ def test_wrong_use_is_one_clear_sentence(arguments, tmp_path, monkeypatch) -> No
     assert str(run(*arguments, "--output", tmp_path / "out.csv").exception).endswith("out.csv exists already")
     result = run("http://127.0.0.1:9/shards", *arguments[1:], "--output", tmp_path / "new.csv")
     assert isinstance(result.exception, ConnectionError)
+
+
+def test_engine_and_precision_are_taken_and_int8_says_what_it_is_not(arguments) -> None:
+    if reason := explain_engine("onnxruntime", "int8"):
+        pytest.skip(reason)
+    result = run(*arguments, "--engine", "onnxruntime", "--precision", "int8", "--device", "cpu", "--json")
+    assert result.stderr.startswith("precision int8: speed only")
+    assert len(json.loads(result.stdout)["predictions"][0]["top"]) == 3
+    result = run(*arguments, "--precision", "int8", "--device", "cpu")
+    assert str(result.exception).startswith("engine eager has no int8")

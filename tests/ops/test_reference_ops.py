@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasternet.ops.pconv import PConv2d
-from fasternet.ops.reference_ops import OPERATORS, TConv2d, create_operator, tconv2d
+from fasternet.ops.reference_ops import OPERATORS, WIDTHS, TConv2d, create_operator, tconv2d
 from fasternet.paper import load_table
 
 
@@ -100,8 +100,8 @@ def test_tconv2d_module_refuses_even_kernels_and_bad_ratios():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_create_operator_keeps_the_shape_and_has_no_bias(name):
-    operator = create_operator(name, 32)
-    assert operator(torch.randn(2, 32, 5, 7)).shape == (2, 32, 5, 7)
+    operator, channels = create_operator(name, 32), 32 * WIDTHS.get(name, 1)
+    assert operator(torch.randn(2, channels, 5, 7)).shape == (2, channels, 5, 7)
     assert all(parameter.dim() == 4 for parameter in operator.parameters())
 
 
@@ -115,6 +115,10 @@ def test_create_operator_knows_every_operator_of_table_1():
         ("conv3x3", 9 * 32 * 32),
         ("gconv3x3_16groups", 9 * 32 * 2),
         ("dwconv3x3", 9 * 32),
+        ("dwconv3x3_2x", 9 * 64),
+        ("dwconv3x3_4x", 9 * 128),
+        ("dwconv3x3_6x", 9 * 192),
+        ("dwconv3x3+pwconv", 9 * 32 + 32 * 32),
         ("pwconv", 32 * 32),
         ("tconv3x3_r1/4", 9 * 8 * 32 + 24 * 32),
         ("pconv3x3_r1/4", 9 * 8 * 8),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fasternet.cli.predict import predict as predict_command
 from fasternet.data.images import ImageError, load_image
 from fasternet.data.transforms import create_transform
+from fasternet.deploy import explain_engine
 from fasternet.models.checkpoint import Checkpoint, Preprocessing, load_checkpoint, save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.predict import Predictor, create_inference_model, load_weights
@@ -76,6 +77,16 @@ def test_predictor_gives_the_networks_probabilities_in_order(predictor, model_fo
         assert probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "bf16")])
+def test_predictor_runs_in_other_engines(predictor, model_folder, pictures, engine, precision) -> None:
+    if reason := explain_engine(engine, precision):
+        pytest.skip(reason)
+    other = Predictor.from_checkpoint(model_folder, engine=engine, precision=precision, batch_size=2)
+    for found, expected in zip(other(pictures, top_k=4), predictor(pictures, top_k=4), strict=True):
+        assert dict(found.top) == pytest.approx(dict(expected.top), abs=1e-5 if precision == "fp32" else 0.05)
+    assert (other.fingerprint == predictor.fingerprint) == (precision == "fp32")
+
+
 def test_predictor_takes_folders_texts_and_a_checkpoint(model_folder, pictures) -> None:
     predictor = Predictor.from_checkpoint(load_checkpoint(model_folder))
     found = predictor([str(pictures[1]), pictures[2].parent], top_k=2)
@@ -123,8 +134,7 @@ def test_rival_is_predicted_from_its_folder_and_its_file_with_bn_folded(pictures
         tmp_path, model.eval(), name="MobileNetV2", class_names=NAMES, preprocessing=Preprocessing(input_size=64)
     )
     checkpoint = load_weights("mobilenetv2_100", tmp_path)
-    network = create_inference_model(checkpoint)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    assert "folded" in create_inference_model(checkpoint).reasons["norm"]
     expected = compute_expected(tmp_path, pictures[0])
     (found,) = Predictor.from_checkpoint(checkpoint)(pictures[:1], top_k=4)
     assert [label for label, _ in found.top] == [NAMES[index] for index in expected.argsort(descending=True)]
@@ -134,7 +144,7 @@ def test_rival_is_predicted_from_its_folder_and_its_file_with_bn_folded(pictures
     assert torch.equal(file.model.classifier.weight, model.classifier.weight)
     with pytest.raises(ValueError, match=r"holds MobileNetV2, not resnet18$"):
         load_weights("resnet18", tmp_path)
-    with pytest.raises(ValueError, match="engine 'gpu' is for FasterNets; MobileNetV2 has the engine eager alone"):
+    with pytest.raises(ValueError, match="engine 'gpu' is not one of eager, compile, onnxruntime, openvino"):
         create_inference_model(checkpoint, engine="gpu")
 
 

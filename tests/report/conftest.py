@@ -77,6 +77,41 @@ def make_networks(batch_size: int = 1) -> list[Record]:
     return [*records, failed]
 
 
+def make_engines(device: str = "cpu") -> list[Record]:
+    """Two networks in three engines, with the ratios between networks, between engines and between the best ones."""
+    condition = CPU | {"input_size": 224, "device": device}
+    times = {"MobileViT-XXS": (30.0, 24.0, 12.0), "FasterNet-T0": (10.0, 9.0, 5.0)}
+    engines, records = ("eager", "compile", "openvino"), []
+    for name, latencies in times.items():
+        for engine, latency in zip(engines, latencies, strict=True):
+            own = condition | {"engine": engine}
+            macs, load = 1e9 * (0.41 if name.startswith("Mobile") else 0.34), {"load_s": 0.4, "file_bytes": None}
+            records.append(make_latency("networks", name, latency, own, macs=macs, num_params=3e6, **load))
+            pairs = [
+                ("FasterNet-T0", engine, times["FasterNet-T0"][engines.index(engine)]),
+                (name, "eager", latencies[0]),
+            ]
+            for baseline, baseline_engine, other in pairs:
+                pair = own | {"baseline_engine": baseline_engine, "baseline_precision": "fp32"}
+                records.append(make_ratio("networks", name, baseline, latency / other, pair))
+    best = condition | {"engine": "openvino", "baseline_engine": "openvino", "baseline_precision": "fp32"}
+    return [*records, make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 2.4, best | {"best_engines": True})]
+
+
+def make_forms() -> list[Record]:
+    """Table 9: two networks in the published forms and optimised."""
+    records = []
+    for name, latency in (("fasternet_t1", 18.0), ("fasternet_t0", 9.0)):
+        condition = CPU | {"input_size": 224, "memory_format": "channels_last"}
+        records.append(make_latency("deploy", f"{name}:optimized", 0.8 * latency, condition, macs=3e8))
+        for form, factor in (("split_cat", 1.0), ("slicing", 1.1), ("inplace", 0.9)):
+            for memory_format, more in (("contiguous", 1.05), ("channels_last", 1.0)):
+                subject, own = f"{name}:{form}:{memory_format}", condition | {"memory_format": memory_format}
+                records.append(make_latency("deploy", subject, factor * more * latency, own, macs=3e8))
+                records.append(make_ratio("deploy", f"{name}:optimized", subject, 0.8 / factor / more, condition))
+    return records
+
+
 def make_operators() -> list[Record]:
     records = []
     for row in load_table("table1_operators"):

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -15,11 +16,15 @@ import typer
 from typer.testing import CliRunner
 
 from fasternet.cli.report import report
-from fasternet.records import Record, append_records
+from fasternet.records import Record, append_records, load_records
 from fasternet.report import create_report
+from fasternet.report.page import ITEMS, render_item
+from fasternet.report.raw import show_raw
+from fasternet.report.sources import Source
 
 Write = Callable[[list[Record]], Path]
 VOID = {"meta", "link", "img", "br"}
+LOST = "Where FasterNet is not the fastest"
 
 
 class Page(HTMLParser):
@@ -62,15 +67,16 @@ def everything(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("everything")
     networks = [*example.make_networks(), *example.make_networks(32)]
     speeds = [*networks, *example.make_operators(), *example.make_optimize(), *example.make_training_speed()]
-    append_records(folder / "speeds.jsonl", [*speeds, *example.make_faults()])
+    append_records(folder / "speeds.jsonl", [*speeds, *example.make_forms(), *example.make_faults()])
     run = example.write_run(folder / "run")
     return Page(create_report([folder / "speeds.jsonl", run], folder / "report.html"))
 
 
 def test_page_has_all_sections_and_every_anchor_exists(everything: Page) -> None:
     page = everything
-    sections = ["Summary", "Networks", "Operators", "Training speed", "Ratios", "Training", "Faults", "Exactness"]
-    sections += ["Costs", "Environment", "Notes"]
+    sections = ["Summary", "Claims", LOST, "Networks", "Variants", "Operators"]
+    sections += ["Forms of PConv", "Training speed", "Ratios", "Training", "Faults", "Exactness", "Costs"]
+    sections += ["Environment", "Records", "Notes"]
     assert page.texts("h2") == sections
     anchors = page.attributes("id")
     assert len(anchors) == len(set(anchors))
@@ -125,15 +131,18 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
         example.make("deploy", "difference", evil, values={"changed_predictions": 1, "num_images": 2}),
     ]
     page = Page(create_report([write(records)], tmp_path / "report.html"))
-    assert [name for name, _ in page.elements].count("script") == 1
+    assert [attributes.get("type") for name, attributes in page.elements if name == "script"] == [
+        "application/jsonl",
+        None,
+    ]
     assert "<script>alert" not in page.text
     assert page.text.count("&lt;script&gt;alert(1)") > 20
 
 
 def test_every_figure_tells_machine_versions_date_and_command(everything: Page) -> None:
     figures = re.findall(r"<figure.*?</figure>", everything.text, re.DOTALL)
-    measured = [figure for figure in figures if 'id="commands"' not in figure]
-    assert len(measured) == 17
+    measured = [figure for figure in figures if 'id="commands"' not in figure and "Figure 4." not in figure]
+    assert len(measured) > 20
     for figure in measured:
         assert "Example CPU, 2 cores, 8 GiB" in figure
         assert "2026-01-02, fasternet 0.1.0, torch 2.15.0, commit 0123456789ab" in figure
@@ -143,8 +152,9 @@ def test_every_figure_tells_machine_versions_date_and_command(everything: Page) 
 @pytest.mark.parametrize(
     ("build", "sections"),
     [
-        ("make_networks", ["Summary", "Networks", "Ratios", "Costs"]),
-        ("make_operators", ["Summary", "Operators", "Ratios"]),
+        ("make_networks", ["Summary", "Claims", LOST, "Networks", "Variants", "Ratios", "Costs"]),
+        ("make_operators", ["Summary", "Claims", "Operators", "Ratios"]),
+        ("make_forms", ["Summary", "Forms of PConv", "Ratios"]),
         ("make_optimize", ["Summary", "Ratios", "Exactness"]),
         ("make_run", ["Summary", "Training"]),
         ("make_faults", ["Faults"]),
@@ -155,7 +165,7 @@ def test_sections_exist_only_where_records_do(
     example: ModuleType, write: Write, tmp_path: Path, build: str, sections: list[str]
 ) -> None:
     page = Page(create_report([write(getattr(example, build)())], tmp_path / "report.html"))
-    assert page.texts("h2") == [*sections, "Environment", "Notes"]
+    assert page.texts("h2") == [*sections, "Environment", "Records", "Notes"]
 
 
 def test_machine_without_description_goes_by_its_id(example: ModuleType, write: Write, tmp_path: Path) -> None:
@@ -167,7 +177,8 @@ def test_folder_gives_every_record_file_below(example: ModuleType, tmp_path: Pat
     append_records(tmp_path / "results" / "a" / "one.jsonl", example.make_operators())
     append_records(tmp_path / "results" / "b" / "two.jsonl", example.make_optimize())
     page = Page(create_report([tmp_path / "results"], tmp_path / "new" / "report.html"))
-    assert page.texts("h2") == ["Summary", "Operators", "Ratios", "Exactness", "Environment", "Notes"]
+    sections = ["Summary", "Claims", "Operators", "Ratios", "Exactness", "Environment", "Records", "Notes"]
+    assert page.texts("h2") == sections
 
 
 def test_source_named_twice_counts_once(run_folder: Path, tmp_path: Path) -> None:
@@ -242,3 +253,64 @@ def test_command_prints_the_path(run_folder: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.output) == (0, f"{page}\n")
     assert page.is_file()
     assert CliRunner().invoke(app, []).exit_code == 2
+
+
+def test_records_are_in_the_page_with_every_repetition(example: ModuleType, write: Write, tmp_path: Path) -> None:
+    records = [*example.make_engines(), example.make("networks", "cost", "</script><!--&amp;", values={"macs": 1})]
+    text = create_report([write(records)], tmp_path / "report.html").read_text(encoding="utf-8")
+    (block,) = re.findall(r'<script type="application/jsonl" id="records">(.*?)</script>', text, re.DOTALL)
+    assert not set("<>&") & set(block)
+    saved = tmp_path / "saved.jsonl"
+    saved.write_text(block, encoding="utf-8")
+    assert load_records(saved) == records
+    assert f'The HTML page holds {len(records)} records of 1 file, with every repetition. <a id="download-rec' in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "told", "samples"),
+    [
+        (0, "with every repetition", [1.23456789, 2.0]),
+        (1, "rounded to 4 digits", [1.235, 2.0]),
+        (5 * 5 + 1, "without the repetitions", []),  # rounding saves five digits a record
+        (5 * (5 + 9) + 1, "too large for the page", None),
+    ],
+)
+def test_too_many_raw_numbers_are_shortened_and_it_is_said(
+    example: ModuleType, missing: int, told: str, samples: list[float] | None
+) -> None:
+    """Where so many bytes are missing, of five records with two repetitions each."""
+    record = example.make("networks", "latency", "x", samples={"latency_ms": [1.23456789, 2.0]})
+    source = Source(Path("some.jsonl"), (record,) * 5)
+    size = len(re.sub("<[^>]*>", "", show_raw([source])[1]))
+    paragraph, *block = show_raw([source], max_bytes=size - missing)
+    assert told in paragraph
+    found = [re.findall(r'"samples":(.*?),"attachments"', html) for html in block]
+    expected = {} if samples is None else {"latency_ms": samples}
+    assert found == ([] if samples is None else [[json.dumps(expected, separators=(",", ":"))] * 5])
+
+
+def test_items_are_shown_alone(example: ModuleType, write: Write, tmp_path: Path) -> None:
+    source = write([*example.make_networks(), *example.make_forms(), *example.make_run()])
+    page = Page(create_report([source], tmp_path / "report.html", items=["table9", "fig2"]))
+    assert page.texts("h2") == ["Table 9", "Figure 2", "Environment", "Records", "Notes"]
+
+
+@pytest.mark.parametrize("name", ["table3", "table8", "table9", "fig2", "fig4", "fig8", "claims"])
+def test_item_reads_in_a_shell(example: ModuleType, write: Write, name: str) -> None:
+    text = render_item(name, [write([*example.make_networks(), *example.make_forms()])])
+    title = {"claims": "Claims"}.get(name, name.replace("table", "Table ").replace("fig", "Figure "))
+    assert text.startswith(f"**{title}")
+    assert "\n| " in text or "(figure: " in text
+
+
+def test_unknown_item_and_item_without_records_are_one_sentence(
+    example: ModuleType, write: Write, tmp_path: Path
+) -> None:
+    source = write(example.make_run())
+    assert list(ITEMS)[:5] == ["table1", "table3", "table5", "table8", "table9"]
+    with pytest.raises(ValueError, match="item 'table4' is not one of table1, table3, "):
+        create_report([source], tmp_path / "report.html", items=["table4"])
+    for name in set(ITEMS) - {"fig4"}:
+        with pytest.raises(ValueError, match=rf"^nothing was measured of {name}: no record of it in .*\.jsonl$"):
+            render_item(name, [source])
+    assert not (tmp_path / "report.html").exists()

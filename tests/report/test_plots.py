@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from fasternet.report.labels import MARKER, Box, place_labels
-from fasternet.report.plots import Point, Series, draw_curve, draw_networks
+from fasternet.report.plots import Point, Series, assign_markers, draw_curve, draw_networks
 
 FRAME = Box(0, 0, 480, 330)
 
@@ -65,7 +65,7 @@ def test_drawing_names_every_measured_network_at_both_widths(example: ModuleType
         named = re.findall(r"<text[^>]*>([^<]*)</text>", part)
         assert {point.name for point in points} <= set(named)
         assert "PVT-Tiny" not in named
-        assert "<title>PVT-Tiny (paper): 1.94, 47.5</title>" in part
+        assert "<title>PVT-Tiny: 1.94, 47.5 (paper)</title>" in part
         assert "<title>Swin-T: " in part
 
 
@@ -87,6 +87,37 @@ def test_fasternet_is_connected_in_order_of_flops() -> None:
     for line in lines:
         xs = [float(x) for x in line[1::3]]
         assert xs == sorted(xs)
+
+
+def test_every_point_takes_the_focus_and_names_itself_within_the_drawing() -> None:
+    far = Point("a network with a rather long name", 100, 2, engine="OpenVINO fp32")
+    drawing = draw([Point("near", 1, 1, engine="eager fp32"), far])
+    tips = re.findall(r'<text class="tip" y="([\d.]+)" text-anchor="middle">(.*?)</text>', drawing)
+    lines = [re.findall(r'<tspan x="([\d.]+)"[^>]*>([^<]*)</tspan>', tip) for _, tip in tips]
+    told = [("near", "1, 1 (eager fp32)"), ("a network with a rather long name", "100, 2 (OpenVINO fp32)")]
+    assert [tuple(text for _, text in tip) for tip in lines] == 2 * told
+    for tip, (y, _), width in zip(lines, tips, (540, 540, 343, 343), strict=True):
+        assert all(3 * len(text) < float(x) < width - 3 * len(text) for x, text in tip)
+        assert float(y) > 0
+    assert drawing.count('<g class="point" tabindex="0" data-engine="OpenVINO fp32"><title>') == 2
+
+
+def test_only_the_first_engines_points_have_names_beside_them() -> None:
+    drawing = draw([Point("T0", 1, 1, engine="a"), Point("T0", 1, 2, engine="b"), Point("T1", 2, 2, engine="b")])
+    names = re.findall(r'<g id="figure-wide-name\d+" data-engine="(\w)">', drawing)
+    assert names == ["a"]
+
+
+def test_engines_differ_in_their_markers() -> None:
+    markers = assign_markers(["eager", "openvino", "eager", "onnxruntime"])
+    assert list(markers) == ["eager", "openvino", "onnxruntime"]
+    assert len(set(markers.values())) == 3
+
+
+def test_accuracy_has_a_linear_axis() -> None:
+    points = [Point("one", 1, 70), Point("two", 10, 80)]
+    drawing = draw_networks(points, key="k", title="Top-1", x_label="ms", alt="x", y_scale="linear")
+    assert {"72", "74", "76"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", drawing))
 
 
 def test_names_with_signs_of_mathematics_and_markup_are_text() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fasternet.records import Record, append_records, load_records
+from fasternet.records import Record, append_records, load_records, save_machine
 from fasternet.report import create_report
 from fasternet.report.matrix import draw_matrix
 from fasternet.report.merge import merge_records
@@ -197,6 +197,7 @@ def test_other_run_of_the_same_name_is_one_sentence(example: ModuleType, tmp_pat
 def test_benchmarks_are_merged_as_they_are(example: ModuleType, write: Write, tmp_path: Path) -> None:
     merged = tmp_path / "all.jsonl"
     records = example.make_optimize()
+    save_machine(tmp_path / "machines", example.MACHINE)
     assert merge_records([write(records)], merged) == (len(records), 0)
     assert load_records(merged) == records
 

@@ -25,12 +25,12 @@ from fasternet.benchmark.results import (
 )
 from fasternet.complexity import Costs, count_costs
 from fasternet.deploy import compare_outputs, fold_batch_norm, optimize_for_inference
-from fasternet.environment import create_record
+from fasternet.environment import create_record, set_threads
 from fasternet.models import FasterNet, convert, create_model, list_models
 from fasternet.ops import PConv2d, pconv2d_
 from fasternet.records import Record
 from fasternet.rivals import randomize_batch_norm
-from fasternet.timing import Track, measure_peaks, set_threads, silent
+from fasternet.timing import Track, measure_peaks, silent
 
 FORMS = ("split_cat", "slicing", "inplace")
 INEXACT = "overwrites the shortcut: not the trained function"

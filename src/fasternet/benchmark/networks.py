@@ -1,68 +1,60 @@
-"""Networks against each other: Table 3 and Figure 2, every network treated alike.
+"""Networks against each other: Table 3, Table 5 and Figure 2, every network treated alike in every engine.
 
-All run in the same engine and precision, BN folded and branches re-parameterised wherever they can be, each in the
-memory format that suits it better. FasterNet stands in as this package deploys it, and beside it by name in two other
-forms with BN folded: ``split_cat``, and ``slicing``, the published clone-then-write.
+``prepare`` says what is done to a network before it is timed; a group of networks runs interleaved, in all engines.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from fasternet.benchmark.prepare import FASTERNETS, Setup, find_input_size, load_engines, prepare_network
 from fasternet.benchmark.results import (
-    MEMORY_FORMATS,
     Candidate,
     check_arguments,
     choose_settings,
     create_peak_records,
-    describe_failure,
-    find_fault,
+    create_ratio_records,
     measure_candidates,
 )
-from fasternet.complexity import count_costs
-from fasternet.deploy import InferenceFasterNet, fold_batch_norm, optimize_for_inference
-from fasternet.environment import create_record
-from fasternet.models.registry import create_model
-from fasternet.ops import PConv2d, list_impls
+from fasternet.deploy import explain_engine
+from fasternet.environment import set_threads
+from fasternet.ops import list_impls
 from fasternet.paper import load_table
 from fasternet.records import Record
-from fasternet.rivals import create_rival, find_rival, list_rivals, randomize_batch_norm
-from fasternet.rivals.registry import TODAY
-from fasternet.timing import Track, measure, measure_peaks, set_threads, silent
+from fasternet.rivals.registry import DETECTION, TODAY
+from fasternet.timing import Measurement, Peak, Track, measure_peaks, silent
 
-_GROUPS_OF_TABLE3 = {row["network"]: row["group"] for row in load_table("table3_imagenet")}
-FASTERNETS = tuple(name for name in _GROUPS_OF_TABLE3 if name.startswith("FasterNet-"))
+SUITE = "networks"
+_TABLE3 = {row["network"]: row for row in load_table("table3_imagenet")}
+_GROUPS = {name: row["group"] for name, row in _TABLE3.items()}
 QUICK = (
     *("FasterNet-T0", "FasterNet-T0:split_cat", "FasterNet-T0:slicing", "FasterNet-T1", "FasterNet-T2"),
     *("ShuffleNetV2 x1.5", "MobileNetV2", "MobileViT-XXS", "EdgeNeXt-XXS", "ResNet50"),
 )
-NUM_CALIBRATION_PICTURES = 4
-NUM_TRIAL_BLOCKS = 4
 
 
 def list_groups() -> tuple[tuple[str, ...], ...]:
-    """Return what runs by default, one group after the other: those of Table 3, then today's fast networks.
+    """Return what runs by default, one group after the other: those of Table 3, backbones of Table 4, today's networks.
 
     The first network of a group is the one that its ratios are taken against.
     """
-    known = {rival.name for rival in list_rivals()}
     groups = []
     for own in FASTERNETS:
         forms = (own, *(f"{own}:{impl}" for impl in list_impls()))
-        rivals = (name for name, group in _GROUPS_OF_TABLE3.items() if group == _GROUPS_OF_TABLE3[own])
-        groups.append((*forms, *(name for name in rivals if name in known)))
-    return (*groups, (FASTERNETS[0], *(rival.name for rival in TODAY)))
+        groups.append((*forms, *(name for name in _GROUPS if _GROUPS[name] == _GROUPS[own] and name != own)))
+    table4 = ("FasterNet-M", *(rival.name for rival in DETECTION))
+    return (*groups, table4, ("FasterNet-T0", *(rival.name for rival in TODAY)))
 
 
 def measure_networks(
     networks: Sequence[str] | None = None,
     *,
+    engines: Sequence[str] = ("eager",),
+    precisions: Sequence[str] = ("fp32",),
     batch_size: int = 1,
     threads: int = 1,
     input_size: int | None = None,
@@ -70,12 +62,17 @@ def measure_networks(
     quick: bool = False,
     seed: int = 0,
     track: Track = silent,
+    known: Iterable[Record] = (),
+    say: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Record]:
     """Measure networks, one interleaved run for each group.
 
     Args:
-        networks: One group: the paper's names, those of ``list_rivals``, and ``FasterNet-T0:split_cat`` for a form of
-            a FasterNet. None runs ``list_groups()``, or with ``quick`` the short list ``QUICK``.
+        networks: One group: the paper's names, those of ``list_rivals``, ``FasterNet-T0:split_cat`` for a form of
+            a FasterNet, ``FasterNet-T0 LN`` for a variant of Table 5. None runs ``list_groups()``, or with ``quick``
+            the short list ``QUICK``.
+        engines: See ``create_runtime``; forms of a FasterNet run in eager PyTorch alone.
+        precisions: Likewise; what an engine does not have is left out, unless no engine has it.
         batch_size: 1 for latency, 32 for throughput.
         threads: On the CPU.
         input_size: Side of the pictures; None takes what each network is made for.
@@ -83,147 +80,167 @@ def measure_networks(
         quick: Fewer networks, unless they are named, and fewer blocks.
         seed: Of weights, pictures and the order within rounds.
         track: Shows progress.
+        known: Records of an earlier run; groups that they cover under the same conditions are left out.
+        say: Takes a line after each group: what was done, and how long the rest may take.
 
     Yields:
-        The machine's peaks; then for each group the costs, the latencies, the A/A control and the ratios: of each
-        network to the group's first FasterNet, and to the FasterNet of its own group in Table 3. A network that fails
-        its check has a latency record with ``error`` in place of a latency.
+        The machine's peaks; then for each group the costs, the latencies, the A/A control and the ratios: under equal
+        engine and precision of each network to the group's first FasterNet and to the FasterNet of its own group in
+        Table 3; of each engine to eager PyTorch in fp32; and, with ``best_engines``, of each network to these
+        FasterNets with both in their fastest engine. A network that fails its check has a latency record with
+        ``error`` in place of a latency.
 
     Raises:
         ValueError: An argument is not one of what is allowed.
+        ModuleNotFoundError: An engine is not installed.
     """
     groups = (tuple(dict.fromkeys(networks)),) if networks else (QUICK,) if quick else list_groups()
-    for name in (name for group in groups for name in group):
-        _find_input_size(name)
+    sizes = {name: input_size or find_input_size(name) for name in itertools.chain(*groups)}
     check_arguments(batch_size=batch_size, device=device)
+    setups = find_setups(engines, precisions, device)
     settings = choose_settings(device, quick=quick, seed=seed, track=track)
-    shared = {"threads": threads, "device": device, "precision": "fp32"}
+    shared = {"batch_size": batch_size, "threads": threads, "device": device}
+    done = {_identify(record.subject, record.condition) for record in known if record.kind == "latency"}
+    left = [group for group in groups if not _cover(done, group, setups, sizes, shared)]
+    if len(left) < len(groups):
+        say(f"measured already, and left out: {len(groups) - len(left)} of {len(groups)} groups")
+    if not left:
+        return
     with set_threads(threads) as moment:
-        peaks = measure_peaks(device=device, num_blocks=settings["num_blocks"] // 4)
-        yield from create_peak_records("networks", peaks, shared)
-        for group in groups:
-            candidates = []
-            for name in track(group, len(group), "checking"):
-                condition = {
-                    "input_size": input_size or _find_input_size(name),
-                    "batch_size": batch_size,
-                    "engine": "eager",
-                    **shared,
-                }
-                prepared = _prepare(name, condition, settings)
-                if isinstance(prepared, Record):
-                    yield prepared
-                    continue
-                yield create_record("networks", "cost", name, condition=condition, values=prepared.costs)
-                candidates.append(prepared)
-            if not candidates:
-                continue
-            names = [candidate.name for candidate in candidates]
-            baseline = next((name for name in names if name in FASTERNETS), names[0])
-            yield from measure_candidates(
-                "networks",
-                candidates,
-                baseline=baseline,
-                pairs=_pair(names, baseline),
-                peaks=peaks,
-                moment=moment,
-                settings=settings,
-            )
+        used = tuple(dict.fromkeys(precision for _, precision in setups))
+        hidden: dict[str, str] = {}
+        peaks = measure_peaks(precisions=used, device=device, num_blocks=settings["num_blocks"] // 4, reasons=hidden)
+        for precision, reason in hidden.items():
+            say(f"no peak in {precision}: {reason}")
+        yield from create_peak_records(SUITE, peaks, {"threads": threads, "device": device})
+        load_engines(setups, device)
+        begin = time.monotonic()
+        for number, group in enumerate(left, start=1):
+            conditions = {name: {"input_size": sizes[name], **shared} for name in group}
+            yield from _measure_group(conditions, setups, peaks, moment, settings)
+            say(_tell_progress(left, number, time.monotonic() - begin))
 
 
-def _find_input_size(name: str) -> int:
-    """Return the side of the pictures that a network is made for.
+def find_setups(engines: Sequence[str], precisions: Sequence[str], device: str) -> list[Setup]:
+    """Return the pairs of engine and precision that there are here, eager PyTorch in fp32 first.
 
     Raises:
-        ValueError: There is no such network.
+        ValueError: An engine or a precision is not known, or has no partner here; the message says why.
+        ModuleNotFoundError: An engine is not installed.
     """
-    network, _, impl = name.partition(":")
-    if network not in FASTERNETS and not impl:
-        return find_rival(name).input_size
-    if network not in FASTERNETS or impl not in ("", *list_impls()):
-        forms = ", ".join(f":{impl}" for impl in list_impls())
-        raise ValueError(f"network {name!r} is unknown: {', '.join(FASTERNETS)} are, alone or with {forms}")
-    return 224
+    reasons = {(e, p): explain_engine(e, p, device) for e in dict.fromkeys(engines) for p in dict.fromkeys(precisions)}
+    for wanted in (*engines, *precisions):
+        own = [reason for setup, reason in reasons.items() if wanted in setup]
+        if own and all(own):
+            raise (ModuleNotFoundError if "pip install" in str(own[0]) else ValueError)(own[0])
+    setups = [setup for setup, reason in reasons.items() if reason is None]
+    return sorted(setups, key=lambda setup: setup != ("eager", "fp32"))
 
 
-def _pair(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
-    """Pair each network with the baseline, and with the FasterNet of its group in Table 3."""
-    own = {_GROUPS_OF_TABLE3[name]: name for name in names if name in FASTERNETS}
-    pairs: dict[tuple[str, str], None] = {}
-    for name in names:
-        group = _GROUPS_OF_TABLE3.get(name.partition(":")[0], "")
-        pairs.update({(name, other): None for other in (baseline, own.get(group, baseline)) if other != name})
-    return list(pairs)
+def list_setups(name: str, setups: Sequence[Setup]) -> list[Setup]:
+    """Return the engines and precisions that a network runs in; a form of a FasterNet is one of eager PyTorch."""
+    return [setup for setup in setups if ":" not in name or setup == ("eager", "fp32")]
 
 
-def _prepare(name: str, condition: Mapping[str, Any], settings: Mapping[str, Any]) -> Candidate | Record:
-    """Build a network with random weights, deploy it, and check it against itself before."""
-    network, _, impl = name.partition(":")
-    size, batch_size, device = (condition[key] for key in ("input_size", "batch_size", "device"))
-    random = torch.Generator().manual_seed(settings["seed"])
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(settings["seed"])
-            model = _create(network)
-            noise = torch.randn(max(NUM_CALIBRATION_PICTURES, batch_size), 3, size, size, generator=random)
-            randomize_batch_norm(model, noise[:NUM_CALIBRATION_PICTURES], seed=settings["seed"])
-            one = count_costs(model, (1, 3, size, size))
-            batch = one if batch_size == 1 else count_costs(model, (batch_size, 3, size, size))
-            x = noise[:batch_size].to(device)
-            expected = model.to(device)(x)
-            deployed = _deploy(model, network, impl, x)
-            if not (fault := find_fault(deployed(x), expected)):
-                fast, x, memory_format, notes = _choose_memory_format(deployed, x, settings)
-                fault = find_fault(fast(x), expected)  # also after many runs on the same input
-    except Exception as error:
-        fault = describe_failure(error)
-    if fault:
-        return create_record("networks", "latency", name, condition=condition, values={"error": fault})
-    costs = {"num_params": one.num_params, "macs": one.macs, "memory_accesses": one.memory_accesses}
-    condition = {**condition, "memory_format": memory_format}
-    return Candidate(name, lambda: fast(x), condition, costs, 4 * batch.memory_accesses, notes)
+def _identify(subject: str, condition: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("input_size", "batch_size", "threads", "device", "engine", "precision")
+    return (subject, *(condition.get(name) for name in names))
 
 
-def _create(network: str) -> nn.Module:
-    if network in FASTERNETS:
-        return create_model(network.lower().replace("-", "_")).eval()
-    return create_rival(network)
+def _cover(
+    done: set[tuple[Any, ...]],
+    group: Sequence[str],
+    setups: Sequence[Setup],
+    sizes: Mapping[str, int],
+    shared: Mapping[str, Any],
+) -> bool:
+    return all(
+        _identify(name, {**shared, "input_size": sizes[name], "engine": engine, "precision": precision}) in done
+        for name in group
+        for engine, precision in list_setups(name, setups)
+    )
 
 
-def _deploy(model: nn.Module, network: str, impl: str, x: Tensor) -> nn.Module:
-    """Make a network ready for inference on such an input; the one given stays as it is."""
-    if network not in FASTERNETS:
-        from timm.utils import reparameterize_model
-
-        return fold_batch_norm(reparameterize_model(model), x)
-    if not impl:
-        return optimize_for_inference(model, batch_size=x.shape[0])
-    folded = fold_batch_norm(model, x)
-    for module in folded.modules():
-        if isinstance(module, PConv2d):
-            module.impl = impl
-    return folded
+def _tell_progress(groups: Sequence[Sequence[str]], number: int, seconds: float) -> str:
+    """Say how far a run is; the rest is estimated from multiply-adds and, for building them, the networks' number."""
+    work = [sum(1 + float(_TABLE3.get(n.partition(":")[0], {}).get("macs_g", 1)) for n in group) for group in groups]
+    rest = seconds * sum(work[number:]) / sum(work[:number])
+    left = f"; about {math.ceil(rest / 60)} min left" if number < len(groups) else ""
+    return f"{number} of {len(groups)} groups measured ({groups[number - 1][0]}) in {seconds / 60:.0f} min{left}"
 
 
-def _choose_memory_format(
-    model: nn.Module, x: Tensor, settings: Mapping[str, Any]
-) -> tuple[nn.Module, Tensor, str, dict[str, Any]]:
-    """Find the memory format that suits a network.
+def _measure_group(
+    conditions: Mapping[str, Mapping[str, Any]],
+    setups: Sequence[Setup],
+    peaks: Sequence[Peak],
+    moment: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Iterator[Record]:
+    candidates: list[Candidate] = []
+    for name in settings["track"](conditions, len(conditions), "checking"):
+        for prepared in prepare_network(SUITE, name, conditions[name], list_setups(name, setups), settings):
+            if isinstance(prepared, Record):
+                yield prepared
+            else:
+                candidates.append(prepared)
+    if not candidates:
+        return
+    subjects = list(dict.fromkeys(candidate.subject for candidate in candidates))
+    baseline = next((name for name in subjects if name in FASTERNETS), subjects[0])
+    first = next(candidate for candidate in candidates if candidate.subject == baseline)
+    opponents = find_opponents(subjects, baseline)
+    measured = yield from measure_candidates(
+        SUITE,
+        candidates,
+        baseline=first.name,
+        pairs=_pair(candidates, opponents),
+        peaks=peaks,
+        moment=moment,
+        settings=settings,
+    )
+    yield from _compare_best(measured, candidates, opponents)
 
-    Returns:
-        The network and its input in the format that a short trial finds faster, its name, and the trial's times. An
-        optimised FasterNet has chosen for itself; it takes the input as it comes.
-    """
-    if isinstance(model, InferenceFasterNet):
-        return model, x, model.reasons["memory_format"].partition(":")[0], {}
-    entries = {}
-    for name, memory_format in MEMORY_FORMATS.items():
-        converted = copy.deepcopy(model).to(memory_format=memory_format)
-        entries[name] = converted, x.to(memory_format=memory_format)
-    calls = {name: functools.partial(fast, batch) for name, (fast, batch) in entries.items()}
-    trial = {**settings, "num_blocks": NUM_TRIAL_BLOCKS, "track": silent}
-    measured = measure(calls, **trial)
-    # The fastest block: few samples decide here, and whatever disturbs them makes them slower.
-    trial_ms = {name: measured.summary(name).min_ms for name in entries}
-    best = min(trial_ms, key=trial_ms.__getitem__)
-    return *entries[best], best, {"memory_format_trial_ms": trial_ms}
+
+def find_opponents(subjects: Sequence[str], baseline: str) -> dict[str, list[str]]:
+    """Return for each network the FasterNets it is compared with: the group's first, and that of its own in Table 3."""
+    own = {_GROUPS[name]: name for name in subjects if name in FASTERNETS}
+    found = {}
+    for name in subjects:
+        group = _GROUPS.get(name.partition(":")[0], "")
+        found[name] = [other for other in dict.fromkeys((baseline, own.get(group, baseline))) if other != name]
+    return found
+
+
+def _pair(candidates: Sequence[Candidate], opponents: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Pair candidates under equal engine and precision with their opponents, and with themselves in eager fp32."""
+    names = {
+        (c.subject, c.condition["engine"], c.condition["precision"]): c.name for c in candidates
+    }  # fmt: skip
+    pairs = []
+    for (subject, engine, precision), name in names.items():
+        pairs += [(name, names[o, engine, precision]) for o in opponents[subject] if (o, engine, precision) in names]
+        eager = names.get((subject, "eager", "fp32"), name)
+        pairs += [(name, eager)] if eager != name else []
+    return pairs
+
+
+def _compare_best(
+    measured: Measurement, candidates: Sequence[Candidate], opponents: Mapping[str, Sequence[str]]
+) -> Iterator[Record]:
+    """Compare networks with their opponents, each in the engine that is fastest for it in fp32."""
+    if len({candidate.condition["engine"] for candidate in candidates}) == 1:
+        return
+    best: dict[str, str] = {}
+    for candidate in candidates:
+        if candidate.condition["precision"] == "fp32" and ":" not in candidate.subject:
+            held = best.setdefault(candidate.subject, candidate.name)
+            best[candidate.subject] = min(held, candidate.name, key=lambda name: measured.summary(name).median_ms)
+    pairs = [(best[name], best[other]) for name in best for other in opponents[name] if other in best]
+    yield from create_ratio_records(
+        SUITE,
+        measured,
+        pairs,
+        {candidate.name: candidate.condition for candidate in candidates},
+        {candidate.name: candidate.subject for candidate in candidates},
+        best_engines=True,
+    )

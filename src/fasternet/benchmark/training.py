@@ -25,12 +25,12 @@ from torch import Tensor
 from fasternet.benchmark.plain_loop import PlainLoop
 from fasternet.benchmark.results import check_arguments, create_ratio_records, describe_failure, describe_latency
 from fasternet.data.datasets import ImageDataset
-from fasternet.environment import create_record, describe_machine
+from fasternet.environment import create_record, describe_machine, set_threads
 from fasternet.models import convert
 from fasternet.models.fasternet import FasterNet
 from fasternet.records import Record
 from fasternet.rivals.network import is_fasternet, resolve_network
-from fasternet.timing import Measurement, Track, measure, set_threads, silent
+from fasternet.timing import Measurement, Track, measure, silent
 from fasternet.train.classification import Classification, create_classification
 from fasternet.train.device import select_precision
 from fasternet.train.loop import Hooks, train_epoch
@@ -121,7 +121,7 @@ def measure_training(
     if timm_script is not None and not timm_script.is_file():
         raise FileNotFoundError(f"timm_script {timm_script} is no file")
     recipe = _hold_rate(dataclasses.replace(recipe, precision=select_precision(recipe.precision, torch.device(device))))
-    with set_threads(threads) as moment, tempfile.TemporaryDirectory() as folder:
+    with set_threads(threads, pinned=False) as moment, tempfile.TemporaryDirectory() as folder:
         task = create_classification(name, data, recipe=recipe, model_options={}, device=torch.device(device))
         num_workers = min(recipe.num_workers, describe_machine().cores)
         wanted = max(NUM_QUICK_STEPS if quick else NUM_STEPS, STEPS_PER_WORKER * num_workers)
@@ -288,7 +288,7 @@ def _create_records(
         values = describe_latency(measured, name)
         values |= {"images_per_second": 1e3 * condition["batch_size"] / values["latency_ms"], **moment}
         yield create_record(SUITE, "latency", name, condition=condition, values=values, samples={"latency_ms": samples})
-    pairs = [(compared, measured.baseline)] if compared else []
+    pairs = [(measured.baseline, measured.baseline)] + ([(compared, measured.baseline)] if compared else [])
     yield from create_ratio_records(SUITE, measured, pairs, dict.fromkeys(measured.samples_ms, condition))
 
 

@@ -14,6 +14,7 @@ from fasternet.cli import (
     env,
     evaluate,
     info,
+    pick,
     predict,
     push,
     quickstart,
@@ -38,6 +39,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.data, name="data")
 app.add_typer(bench.bench, name="bench")
+app.command("pick")(pick.pick)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("report")(report.report)

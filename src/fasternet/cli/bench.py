@@ -1,24 +1,36 @@
-"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9); training, and its faults."""
+"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9), sweeps, training, faults."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from fasternet.cli._common import note, print_json, print_table, shorten_spinning, track
-
-if TYPE_CHECKING:
-    from fasternet.records import Record
+from fasternet.cli._measured import (
+    finish,
+    list_fast_engines,
+    note_end,
+    print_ratios,
+    print_speeds,
+    read_paper,
+    save,
+    split,
+)
 
 bench = typer.Typer(help="Measure on this machine, beside the paper's numbers.", no_args_is_help=True)
 
 BatchSize = Annotated[int, typer.Option(help="Pictures per call: 1 for latency, 32 for throughput.", min=1)]
 Threads = Annotated[int, typer.Option(help="Threads on the CPU.", min=1)]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Engines = Annotated[
+    str | None,
+    typer.Option(
+        help="eager, compile, onnxruntime, openvino; separated by commas. [default: eager and the runtimes installed]"
+    ),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="A first answer: fewer blocks, fewer networks.")]
 Out = Annotated[Path | None, typer.Option(help="Records file. [default: results/<machine>/<date>-<suite>.jsonl]")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as one JSON document.")]
@@ -26,7 +38,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the records as one JSO
 
 @bench.command("operators")
 def bench_operators(
-    operators: Annotated[str | None, typer.Option(help="Names, separated by commas. [default: Table 1]")] = None,
+    operators: Annotated[
+        str | None, typer.Option(help="Names, separated by commas. [default: Table 1 and more]")
+    ] = None,
+    passes: Annotated[str, typer.Option(help="forward, or forward+backward.")] = "forward",
     batch_size: BatchSize = 1,
     threads: Threads = 1,
     device: Device = "cpu",
@@ -42,7 +57,8 @@ def bench_operators(
     from fasternet.benchmark.operators import measure_operators
 
     records = measure_operators(
-        _split(operators),
+        split(operators),
+        passes=cast(Any, passes),
         batch_size=batch_size,
         threads=threads,
         device=device,
@@ -50,7 +66,8 @@ def bench_operators(
         quick=quick,
         track=track,
     )
-    _finish("operators", records, out, as_json, _read_paper("operators", device, batch_size))
+    paper_ms = read_paper("operators", device, batch_size) if passes == "forward" else {}
+    finish("operators", records, out, as_json, paper_ms)
 
 
 @bench.command("networks")
@@ -62,18 +79,94 @@ def bench_networks(
         int | None, typer.Option(help="Side of the pictures. [default: each network's own]", min=1)
     ] = None,
     device: Device = "cpu",
+    engines: Engines = None,
+    precisions: Annotated[str, typer.Option(help="fp32, bf16, int8; separated by commas.")] = "fp32",
+    quick: Quick = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the groups that the records file holds already.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure FasterNet and its rivals, all treated alike, in plain PyTorch and in the engines that are installed.
+
+    Example: fasternet bench networks --networks "FasterNet-T0,MobileNetV2,MobileViT-XXS" --engines eager,openvino
+    """
+    from fasternet.benchmark.networks import measure_networks
+    from fasternet.benchmark.results import find_results_file
+    from fasternet.records import load_records
+
+    path = out or find_results_file("networks")
+    known = load_records(path) if resume and path.is_file() else []
+    records = measure_networks(
+        split(networks),
+        engines=split(engines) or list_fast_engines(device),
+        precisions=split(precisions) or (),
+        batch_size=batch_size,
+        threads=threads,
+        input_size=input_size,
+        device=device,
+        quick=quick,
+        track=track,
+        known=known,
+        say=note,
+    )
+    finish("networks", records, path, as_json, read_paper("networks", device, batch_size), known)
+
+
+@bench.command("sweeps")
+def bench_sweeps(
+    sweeps: Annotated[str, typer.Option(help="What to sweep: input_size, batch_size, threads.")] = (
+        "input_size,batch_size,threads"
+    ),
+    networks: Annotated[str | None, typer.Option(help="Names, separated by commas. [default: three networks]")] = None,
+    device: Device = "cpu",
+    engines: Engines = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
     quick: Quick = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure FasterNet and its rivals, BN folded in all of them, each in its better memory format.
+    """Measure how latency grows with the size of the picture and of the batch, and shrinks with threads.
 
-    Example: fasternet bench networks --networks "FasterNet-T0,MobileNetV2,MobileViT-XXS"
+    Example: fasternet bench sweeps --sweeps input_size --networks "FasterNet-T0,MobileNetV2" --quick
     """
-    from fasternet.benchmark.networks import measure_networks
+    from fasternet.benchmark.sweeps import NETWORKS, measure_sweeps
 
-    records = measure_networks(
-        _split(networks),
+    records = measure_sweeps(
+        split(sweeps) or (),
+        networks=split(networks) or NETWORKS,
+        engines=split(engines) or list_fast_engines(device),
+        precision=precision,
+        device=device,
+        quick=quick,
+        track=track,
+        say=note,
+    )
+    finish("sweeps", records, out, as_json, {})
+
+
+@bench.command("steps")
+def bench_steps(
+    networks: Annotated[str | None, typer.Option(help="Names, separated by commas. [default: six small ones]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures per step.", min=2)] = 32,
+    threads: Threads = 1,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the pictures. [default: each network's own]", min=1)
+    ] = None,
+    device: Device = "cpu",
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a training step: forward, backward, SGD, in plain PyTorch.
+
+    Example: fasternet bench steps --networks "FasterNet-T0,MobileNetV2" --batch-size 16 --quick
+    """
+    from fasternet.benchmark.steps import NETWORKS, measure_steps
+
+    records = measure_steps(
+        split(networks) or NETWORKS,
         batch_size=batch_size,
         threads=threads,
         input_size=input_size,
@@ -81,7 +174,7 @@ def bench_networks(
         quick=quick,
         track=track,
     )
-    _finish("networks", records, out, as_json, _read_paper("networks", device, batch_size))
+    finish("steps", records, out, as_json, {})
 
 
 @bench.command("deploy")
@@ -102,7 +195,7 @@ def bench_deploy(
     from fasternet.benchmark.deploy import measure_deploy
 
     records = measure_deploy(
-        _split(networks),
+        split(networks),
         batch_size=batch_size,
         threads=threads,
         input_size=input_size,
@@ -110,7 +203,7 @@ def bench_deploy(
         quick=quick,
         track=track,
     )
-    _finish("deploy", records, out, as_json, {})
+    finish("deploy", records, out, as_json, {})
 
 
 @bench.command("training")
@@ -148,16 +241,16 @@ def bench_training(
         quick=quick,
         track=track,
     )
-    path, written = _save("training-speed", records, out)
+    path, written = save("training-speed", records, out)
     if as_json:
         print_json([dataclasses.asdict(record) for record in written])
     else:
         latencies = [record for record in written if record.kind == "latency"]
-        _print_speeds(latencies)
+        print_speeds(latencies)
         if limit := tell_limit(latencies):
             print(limit + "\n")
-        _print_ratios([record for record in written if record.kind == "ratio"], {})
-    _note_end(path, written)
+        print_ratios([record for record in written if record.kind == "ratio"], {})
+    note_end(path, written)
 
 
 @bench.command("faults")
@@ -174,115 +267,11 @@ def bench_faults(
     """
     from fasternet.benchmark.faults import measure_faults
 
-    path, written = _save("faults", measure_faults(num_kills=num_kills, quick=quick, seed=seed, track=track), out)
+    path, written = save("faults", measure_faults(num_kills=num_kills, quick=quick, seed=seed, track=track), out)
     if as_json:
         print_json([dataclasses.asdict(record) for record in written])
     else:
         fields = ("injected", "recovered", "bitwise_equal", "remark")
         rows = [(record.subject, *(record.values[name] for name in fields)) for record in written]
         print_table(("fault", "injected", "recovered", "bitwise equal", "remark"), rows, title="Faults injected")
-    _note_end(path, written)
-
-
-def _split(names: str | None) -> list[str] | None:
-    return None if names is None else [name.strip() for name in names.split(",")]
-
-
-def _finish(
-    suite: str, records: Iterable[Record], out: Path | None, as_json: bool, paper_ms: Mapping[str, float]
-) -> None:
-    """Write the records as they come, then print them, then say where they are."""
-    path, written = _save(suite, records, out)
-    if as_json:
-        print_json([dataclasses.asdict(record) for record in written])
-    else:
-        _print_differences([record for record in written if record.kind == "difference"])
-        _print_latencies([record for record in written if record.kind == "latency"], paper_ms)
-        _print_ratios([record for record in written if record.kind == "ratio"], paper_ms)
-    _note_end(path, written)
-
-
-def _save(suite: str, records: Iterable[Record], out: Path | None) -> tuple[Path, list[Record]]:
-    """Write the records as they come; return where, and all of them."""
-    from fasternet.benchmark.results import find_results_file, save_results
-
-    path = out or find_results_file(suite)
-    return path, list(save_results(path, records))
-
-
-def _note_end(path: Path, written: Sequence[Record]) -> None:
-    if num_unstable := sum(record.values.get("unstable", False) for record in written):
-        note(f"unstable: {num_unstable}; run again when nothing else runs, records are added and never replaced")
-    note(str(path))
-
-
-def _print_differences(records: Sequence[Record]) -> None:
-    if not records:
-        return
-    columns = ("", "against", "max relative difference", "allowed", "changed predictions", "pictures")
-    fields = ("max_relative_difference", "limit", "changed_predictions", "num_images")
-    rows = [(r.subject, r.condition["baseline"], *(r.values[name] for name in fields)) for r in records]
-    print_table(columns, rows, title="Exactness")
-
-
-def _print_speeds(records: Sequence[Record]) -> None:
-    fields = ("images_per_second", "latency_ms", "latency_ms_min")
-    rows = []
-    for record in records:
-        values: Mapping[str, Any] = record.values
-        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
-        rows.append((record.subject, *(values.get(field) for field in fields), remark))
-    print_table(("", "images/s", "ms a step", "min ms", "remark"), rows, title="Training: the parts, and other loops")
-
-
-def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
-    columns = ("", "GMACs", "paper ms", "ms", "min ms", "p90 ms", "GMACs/s", "of peak %", "images/s", "remark")
-    rows = []
-    for record in records:
-        values: Mapping[str, Any] = record.values
-        units = {
-            **{"latency_ms": 1, "latency_ms_min": 1, "latency_ms_p90": 1},
-            **{"macs_per_second": 1e9, "peak_share": 0.01, "images_per_second": 1},
-        }
-        scaled = [None if values.get(name) is None else values[name] / unit for name, unit in units.items()]
-        macs = values["macs"] / 1e9 if "macs" in values else None
-        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
-        rows.append((_label(record), macs, paper_ms.get(_label(record)), *scaled, remark))
-    print_table(columns, rows, title="Time of one call: the paper (version v1) and measured here")
-
-
-def _print_ratios(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
-    columns = ("", "against", "paper ratio", "ratio", "95 % interval", "A/A spread %", "verdict")
-    rows = []
-    for record in records:
-        values, other = record.values, record.condition["baseline"]
-        is_control = record.subject == other
-        above, below = (paper_ms.get(label) for label in (_label(record), _label(record, other)))
-        paper_ratio = above / below if above and below and not is_control else None
-        against = "itself (A/A control)" if is_control else other
-        interval = f"{values['low']:.3f} to {values['high']:.3f}"
-        spread = 100 * values["a_a_spread"]
-        rows.append((_label(record), against, paper_ratio, values["ratio"], interval, spread, values["verdict"]))
-    print_table(columns, rows, title="Times as multiples of another's: above 1 is slower")
-
-
-def _label(record: Record, subject: str | None = None) -> str:
-    """Return the name of a row: the subject; of an operator also its shape."""
-    shape = [str(record.condition[key]) for key in ("channels", "height", "width") if key in record.condition]
-    return " ".join(filter(None, (subject or record.subject, "x".join(shape))))
-
-
-def _read_paper(suite: str, device: str, batch_size: int) -> dict[str, float]:
-    """Return the paper's ms per call by row; nothing under conditions that it did not measure."""
-    from fasternet.paper import load_table
-
-    if suite == "networks":
-        rows = {row["network"]: row for row in load_table("table3_imagenet")}
-    else:
-        shape = "{operator} {channels}x{height}x{width}"
-        rows = {shape.format_map(row): row for row in load_table("table1_operators")}
-    if device == "cpu" and batch_size == 1:
-        return {label: float(row["cpu_latency_ms"]) for label, row in rows.items()}
-    if device != "cpu" and batch_size == 32:
-        return {label: 32e3 / float(row["gpu_throughput_images_per_second"]) for label, row in rows.items()}
-    return {}
+    note_end(path, written)

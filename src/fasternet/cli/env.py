@@ -15,22 +15,32 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     Example: fasternet env
     """
     import dataclasses
+    import importlib.metadata
     import importlib.util
+    import itertools
 
+    from fasternet.deploy import ENGINES, PRECISIONS, explain_engine
     from fasternet.environment import describe_machine, describe_software
     from fasternet.ops import list_impls
 
     machine = dataclasses.asdict(describe_machine())
     ready = {f"pconv2d {impl}": "ready" for impl in list_impls()}
-    ready["engine eager"] = "ready"
+    device = "cuda" if machine["accelerator"] else "cpu"
+    for engine, precision in itertools.product(ENGINES, PRECISIONS):
+        for place in dict.fromkeys(("cpu", device)):
+            ready[f"engine {engine} {precision} {place}"] = explain_engine(engine, precision, place) or "ready"
     ready["device cuda"] = "ready" if machine["accelerator"] else "no CUDA device is visible to torch"
     for package, extra in (("sklearn", "quickstart"), ("matplotlib", "report")):
         found = importlib.util.find_spec(package) is not None
         ready[f"extra {extra}"] = "ready" if found else f"{package} is missing: pip install 'fasternet[{extra}]'"
+    packages = [
+        name for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf") if importlib.util.find_spec(name)
+    ]
+    versions = describe_software() | {name: importlib.metadata.version(name) for name in packages}
     if as_json:
-        print_json({"machine": machine, "versions": describe_software(), "ready": ready})
+        print_json({"machine": machine, "versions": versions, "ready": ready})
         return
     sets = ", ".join(machine.pop("instruction_sets")) or None
     print_table(("machine", ""), [*machine.items(), ("instruction_sets", sets)])
-    print_table(("software", ""), describe_software().items())
+    print_table(("software", ""), versions.items())
     print_table(("part", "state"), ready.items())

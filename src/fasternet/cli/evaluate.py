@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,8 @@ import typer
 from fasternet.cli._common import note, print_json, print_table, track
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fasternet.data.imagenet import EvaluationData
     from fasternet.models.checkpoint import Checkpoint, Preprocessing
     from fasternet.train.distributed import World
@@ -41,8 +43,12 @@ def evaluate(
         float | None, typer.Option(help="Crop divided by the resized shorter side. [default: the checkpoint's]")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Optimise for inference with this engine first. [default: as trained]")
+        str | None,
+        typer.Option(
+            help="Optimise for inference with eager, compile, onnxruntime or openvino first. [default: as trained]"
+        ),
     ] = None,
+    precision: Annotated[str, typer.Option(help="Of the engine: fp32, bf16 or int8 (for its speed alone).")] = "fp32",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once, in each process.")] = 32,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")] = None,
@@ -59,10 +65,13 @@ def evaluate(
     Example: fasternet eval --data digits --checkpoint outputs/run
     """
     from fasternet.data.imagenet import open_evaluation_data
+    from fasternet.deploy import SPEED_ONLY
     from fasternet.predict import load_weights
     from fasternet.train.device import select_device
     from fasternet.train.distributed import join_world
 
+    if engine is None and precision != "fp32":
+        raise ValueError(f"precision={precision} needs an engine: without one the network is evaluated as trained")
     weights = load_weights(name, checkpoint)
     preprocessing = _override(weights.preprocessing, size, crop)
     pictures = open_evaluation_data(
@@ -75,7 +84,13 @@ def evaluate(
             pictures,
             preprocessing,
             world,
-            {"engine": engine, "batch_size": batch_size, "num_workers": num_workers, "device": target},
+            {
+                "engine": engine,
+                "precision": precision,
+                "batch_size": batch_size,
+                "num_workers": num_workers,
+                "device": target,
+            },
             skip_unreadable,
         )
     if not world.is_main:
@@ -85,10 +100,11 @@ def evaluate(
         "data": data,
         "labels": labels,
         "engine": engine,
+        "precision": precision,
         "input_size": preprocessing.input_size,
         "crop_ratio": preprocessing.crop_ratio,
         "protocol": describe_protocol(preprocessing),
-        "remarks": list(pictures.remarks),
+        "remarks": [*pictures.remarks, *([f"precision int8: {SPEED_ONLY}"] if precision == "int8" else [])],
         "num_unreadable": len(unreadable),
         "unreadable": unreadable,
         **result.values(),
@@ -132,11 +148,19 @@ def _evaluate(
     from fasternet.train.evaluate import evaluate
 
     errors: list[str] = []
-    dataset, batch_size, engine = pictures.dataset, options["batch_size"], options["engine"]
+    dataset, batch_size = pictures.dataset, options["batch_size"]
     dataset.transform = create_transform(preprocessing, training=False)
-    network = weights.model.to(options["device"]).eval()
-    if engine is not None:
-        network = create_inference_model(weights, batch_size=batch_size, engine=engine)
+    network: Callable[[Tensor], Tensor]
+    if options["engine"] is None:
+        network = weights.model.to(options["device"]).eval()
+    else:
+        network = create_inference_model(
+            dataclasses.replace(weights, preprocessing=preprocessing),
+            batch_size=batch_size,
+            engine=options["engine"],
+            precision=options["precision"],
+            device=options["device"],
+        )
     loader = create_loader(
         dataset,
         batch_size,

@@ -36,7 +36,7 @@ def list_(as_json: Json = False) -> None:
         return
     columns = ("name", "input size", "params M", "MACs G", "top-1 %")
     print_table((*columns, "weights"), map(_cells, variants), title="FasterNet (Table 8)")
-    print_table((*columns, "built by"), map(_cells, rivals), title="Rivals (Table 3, and newer ones)")
+    print_table((*columns, "built by"), map(_cells, rivals), title="Rivals (Tables 3 and 4, and newer ones)")
 
 
 def info(
@@ -80,10 +80,11 @@ def info(
 
 
 def _create(name: str) -> tuple[nn.Module, int]:
-    """Build a variant or a rival, with the size of the pictures that it is made for."""
+    """Build a variant, one of Table 5 (``FasterNet-T0 LN``) or a rival, with the size of its pictures."""
     import difflib
 
     from fasternet.models import create_model, list_models
+    from fasternet.models.registry import create_ablation
     from fasternet.rivals import create_rival, list_rivals
 
     variants = {spelling: variant for variant in list_models() for spelling in (variant, _paper_name(variant))}
@@ -92,6 +93,8 @@ def _create(name: str) -> tuple[nn.Module, int]:
         return create_model(variants[name]), 224
     if name in rivals:
         return create_rival(name), rivals[name]
+    if name.startswith("FasterNet-") and " " in name:
+        return create_ablation(name.removeprefix("FasterNet-")), 224
     known = {known.lower(): known for known in (*variants.values(), *rivals)}
     near = [known[match] for match in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
     raise ValueError(f"unknown network {name!r}: near names are {', '.join(near or known.values())}")

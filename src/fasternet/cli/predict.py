@@ -33,7 +33,10 @@ def predict(
     checkpoint: Annotated[Path | None, typer.Option(help="Run folder, model folder or weights file.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to print for each picture.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network at once.")] = 16,
-    engine: Annotated[str, typer.Option(help="What runs the network.")] = "eager",
+    engine: Annotated[
+        str, typer.Option(help="What runs the network: eager, compile, onnxruntime or openvino; see fasternet env.")
+    ] = "eager",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8 (for its speed alone).")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write a line per picture to this .jsonl or .csv file instead of printing.")
@@ -50,6 +53,7 @@ def predict(
     Example: fasternet predict photo.jpg --checkpoint outputs/run
     """
     from fasternet.data.images import find_images
+    from fasternet.deploy import SPEED_ONLY
     from fasternet.predict import Predictor, load_weights
     from fasternet.train.device import select_device
     from fasternet.train.distributed import join_world
@@ -63,7 +67,11 @@ def predict(
         paths = find_images(map(Path, images)) if output is None else []
         weights = load_weights(model or (None if checkpoint else "fasternet_t0"), checkpoint)
         size = min(batch_size, len(paths)) if paths else batch_size
-        predictor = Predictor.from_checkpoint(weights, engine=engine, batch_size=size, device=target)
+        predictor = Predictor.from_checkpoint(
+            weights, engine=engine, precision=precision, batch_size=size, device=target
+        )
+        if precision == "int8" and world.is_main:
+            note(f"precision int8: {SPEED_ONLY}")
         if output is None:
             _print_predictions(weights, predictor, paths, top_k, json)
         else:

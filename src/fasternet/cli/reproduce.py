@@ -3,38 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import print_json, print_table
+from fasternet.cli._common import note, print_json, print_table, track
+from fasternet.cli._items import describe_items
+
+if TYPE_CHECKING:
+    from fasternet.records import Record
 
 reproduce = typer.Typer(help="Tables and figures of the paper.", no_args_is_help=True)
 
-# What each takes; "fasternet reproduce" itself prints what needs no measuring.
-COMMANDS = (
-    ("Table 1", "operators", "fasternet bench operators"),
-    ("Table 3", "networks: latency", "fasternet bench networks"),
-    ("Table 3", "networks: top-1 on ImageNet", "fasternet eval fasternet_t0 --data IMAGENET"),
-    ("Table 6", "training recipes", "fasternet reproduce table6"),
-    ("Table 6", "training on ImageNet", "bash runs/imagenet_8gpus.sh"),
-    ("Table 8", "variants: parameters and multiply-adds", "fasternet info fasternet_t0"),
-    ("Table 9", "forms of PConv", "fasternet bench deploy"),
-    ("Fig. 2, 7, 8", "plots of Table 3", "fasternet report results"),
-)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A first answer: fewer blocks, fewer networks.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Pictures per call. [default: the paper's, 1 on a CPU and 32 on a GPU]", min=1)
+]
+Records = Annotated[
+    list[Path] | None, typer.Option(help="Use these records and measure nothing; repeatable, files or folders.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the page.")]
+OUTPUT = Path("outputs/reproduce")
+
+# What is measured: the item, its suites, and what its help says.
+MEASURED = {
+    "table1": (("operators",), "Measure the operators of Table 1, ten stacked layers on four shapes."),
+    "table3": (("networks",), "Measure the networks of Table 3 in every engine that is ready."),
+    "table5": (("ablation",), "Measure the variants of Table 5 that FasterNet was chosen from."),
+    "table9": (("forms", "deploy"), "Measure the forms of PConv of Table 9, alone and in FasterNet."),
+    "fig1": (("operators",), "Draw Figure 1: the speed of operators over their multiply-adds."),
+    "fig2": (("networks",), "Draw Figure 2: speed and latency of networks over their multiply-adds."),
+    "fig7": (("networks",), "Draw Figure 7: published top-1 over measured speed, within a range of latency."),
+    "fig8": (("networks",), "Draw Figure 8: published top-1 over measured speed, all networks."),
+}
 
 
 @reproduce.command("list")
-def list_() -> None:
-    """List what can be reproduced, and the command for each.
+def list_(json: Json = False) -> None:
+    """List all tables and figures: the command, what each needs, and whether it can run on this machine.
 
     Example: fasternet reproduce list
     """
-    print_table(("paper", "what", "command"), COMMANDS)
+    import platform
+
+    import torch
+
+    items = describe_items(has_cuda=torch.cuda.is_available(), architecture=platform.machine())
+    if json:
+        print_json(items)
+        return
+    rows = [(i["paper"], i["what"], i["command"], ", ".join(i["needs"]), i["runs_here"], i["state"]) for i in items]
+    print_table(("paper", "what", "command", "needs", "runs here", "state"), rows)
 
 
 @reproduce.command("table6")
-def table6(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def table6(json: Json = False) -> None:
     """Print the recipes beside Table 6; a cell that differs shows both values. Nothing is trained.
 
     Example: fasternet reproduce table6
@@ -54,6 +81,141 @@ def table6(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     print_table(("setting", *variants, "source"), rows, title="Recipe 'paper' of each variant, beside Table 6")
     num_equal = sum(cell.ours == cell.paper for cell in cells)
     print(f"{num_equal} of {len(cells)} cells equal the paper's; training on ImageNet has not been run here")
+
+
+@reproduce.command("table8")
+def table8(records: Records = None, output: Output = OUTPUT) -> None:
+    """Count the parameters and multiply-adds of the variants, and hold them against Table 8 to the printed digit.
+
+    Example: fasternet reproduce table8
+    """
+    differing: list[str] = []
+    _show_item("table8", [("networks", _count_variants(differing))], records, output)
+    if differing:
+        raise ValueError(f"not as Table 8 prints it: {'; '.join(differing)}")
+    if not records:
+        note("parameters and multiply-adds of all variants equal Table 8 to the printed digit")
+
+
+@reproduce.command("fig4")
+def fig4(records: Records = None, output: Output = OUTPUT) -> None:
+    """Draw Figure 4, the architecture, with its sizes; nothing is measured.
+
+    Example: fasternet reproduce fig4
+    """
+    _show_item("fig4", [("networks", _count_variants([]))], records, output)
+
+
+def _add_command(name: str, suites: Iterable[str], summary: str) -> None:
+    def command(
+        device: Device = "cpu",
+        batch_size: BatchSize = None,
+        quick: Quick = False,
+        records: Records = None,
+        output: Output = OUTPUT,
+    ) -> None:
+        conditions = {"device": device, "batch_size": batch_size or (1 if device == "cpu" else 32), "quick": quick}
+        runs = [] if records else [(SUITES[suite][0], SUITES[suite][1](conditions)) for suite in suites]
+        _show_item(name, runs, records, output)
+
+    command.__doc__ = f"{summary}\n\nExample: fasternet reproduce {name} --quick"
+    reproduce.command(name)(command)
+
+
+def _measure_operators(conditions: dict[str, Any]) -> Iterator[Record]:
+    from fasternet.benchmark.operators import measure_operators
+
+    return measure_operators(track=track, **conditions)
+
+
+def _measure_forms(conditions: dict[str, Any]) -> Iterator[Record]:
+    """Measure PConv alone, as chosen and in each form of Table 9."""
+    from fasternet.benchmark.operators import IN_PLACE, PCONV, measure_operators
+    from fasternet.ops import list_impls
+
+    forms = [PCONV, *(f"{PCONV}:{impl}" for impl in list_impls()), IN_PLACE]
+    return measure_operators(forms, track=track, **conditions)
+
+
+def _measure_networks(conditions: dict[str, Any]) -> Iterator[Record]:
+    from fasternet.benchmark.networks import measure_networks
+    from fasternet.cli._measured import list_fast_engines
+
+    return measure_networks(engines=list_fast_engines(conditions["device"]), track=track, say=note, **conditions)
+
+
+def _measure_ablation(conditions: dict[str, Any]) -> Iterator[Record]:
+    """Measure the variants of Table 5 and the two FasterNets that are their defaults."""
+    from fasternet.benchmark.networks import measure_networks
+    from fasternet.benchmark.prepare import ABLATIONS
+    from fasternet.cli._measured import list_fast_engines
+
+    networks, engines = ("FasterNet-T0", "FasterNet-T2", *ABLATIONS), list_fast_engines(conditions["device"])
+    return measure_networks(networks, engines=engines, track=track, say=note, **conditions)
+
+
+def _measure_deploy(conditions: dict[str, Any]) -> Iterator[Record]:
+    from fasternet.benchmark.deploy import measure_deploy
+
+    return measure_deploy(track=track, **conditions)
+
+
+# Where the records go, and what measures them.
+SUITES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Record]]]] = {
+    "operators": ("operators", _measure_operators),
+    "forms": ("operators", _measure_forms),
+    "networks": ("networks", _measure_networks),
+    "ablation": ("networks", _measure_ablation),
+    "deploy": ("deploy", _measure_deploy),
+}
+for _name, (_suites, _summary) in MEASURED.items():
+    _add_command(_name, _suites, _summary)
+
+
+def _show_item(
+    name: str, runs: Iterable[tuple[str, Iterable[Record]]], records: list[Path] | None, output: Path
+) -> None:
+    """Measure unless there are records, write the page, print it as Markdown, and its path last."""
+    from fasternet.cli._measured import note_end, save
+    from fasternet.report.page import create_report, render_item
+
+    files = list(records or ())
+    if not files:
+        for suite, run in runs:
+            path, written = save(suite, run, None)
+            note_end(path, written)
+            files.append(path)
+    page = create_report(files, output / f"{name}.html", items=[name])
+    print(render_item(name, files))
+    print(page)
+
+
+def _count_variants(differing: list[str]) -> Iterator[Record]:
+    """Count each variant; what Table 8 prints otherwise is added to ``differing``.
+
+    The paper counts parameters without batch normalisation, which is folded for inference.
+    """
+    import torch
+
+    from fasternet.complexity import count_costs
+    from fasternet.environment import create_record
+    from fasternet.models import create_model
+    from fasternet.paper import load_table
+
+    for row in load_table("table8_architecture"):
+        with torch.device("meta"):
+            model = create_model(f"fasternet_{row['variant'].lower()}")
+        costs = count_costs(model)
+        counted = {
+            "params_m": f"{costs.num_params_without_batch_norm / 1e6:.1f}",
+            "macs_g_224": f"{costs.macs / 1e9:.2f}",
+        }
+        for column, value in counted.items():
+            if value != row[column]:
+                differing.append(f"{row['variant']} {column} {value}, printed {row[column]}")
+        values = {"num_params": costs.num_params, "macs": costs.macs, "memory_accesses": costs.memory_accesses}
+        condition = {"input_size": 224, "batch_size": 1}
+        yield create_record("networks", "cost", f"FasterNet-{row['variant']}", condition=condition, values=values)
 
 
 def _show(value: str | float) -> str:

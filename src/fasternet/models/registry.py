@@ -1,4 +1,4 @@
-"""Creates networks by name, and knows the published weights as facts (Tables 3 and 6)."""
+"""Creates networks by name, those of Table 5 too, and knows the published weights as facts (Tables 3 and 6)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasternet.models import convert, download
 from fasternet.models.checkpoint import read_model_folder
-from fasternet.models.fasternet import VARIANTS, FasterNet, FasterNetConfig
+from fasternet.models.fasternet import TABLE5, VARIANTS, FasterNet, FasterNetConfig
 
 Source = Literal["timm", "official"]
 
@@ -117,6 +117,32 @@ def create_model(
     if num_classes is not None and num_classes != config.num_classes and model.head is not None:
         model.reset_classifier(num_classes)
     return model
+
+
+def list_ablations() -> list[str]:
+    """List the variants of Table 5 that can be built and that no name of ``list_models`` stands for."""
+    return [variant for variant, config in TABLE5.items() if config not in VARIANTS.values()]
+
+
+def create_ablation(variant: str, **fields: Any) -> FasterNet:
+    """Create a network of Table 5, with random weights.
+
+    Args:
+        variant: As in the table's column "variant": ``T0* r=1/8``, ``T0 LN`` ...
+        **fields: Any field of ``FasterNetConfig``: ``num_classes``, ``drop_path_rate`` ...
+
+    Returns:
+        The model in training mode, as every new module.
+
+    Raises:
+        ValueError: The table has no such variant, or its definition was never published.
+    """
+    if variant == "T0* ReLU":
+        raise ValueError("variant 'T0* ReLU' of Table 5 cannot be built: its width was never published")
+    if variant not in TABLE5:
+        raise ValueError(f"variant {variant!r} is not one of Table 5: {', '.join(TABLE5)}")
+    classes = {"num_classes": fields.pop("num_classes")} if "num_classes" in fields else {}
+    return FasterNet(dataclasses.replace(TABLE5[variant], **classes, **_check_fields(fields)))
 
 
 def _parse_name(name: str) -> str:

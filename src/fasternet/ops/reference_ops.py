@@ -1,7 +1,9 @@
-"""The operators that PConv is compared with, each by name (Table 1, Table 2, Section 3.3).
+"""The operators that PConv is compared with, each by name (Table 1, Table 2, Sections 3.1 and 3.3).
 
 Regular, group, depthwise and pointwise convolutions are ``torch.nn.Conv2d`` with stride 1, "same" padding and
-no bias. The T-shaped convolution (Fig. 5b, Eq. 6) is written here.
+no bias. The T-shaped convolution (Fig. 5b, Eq. 6) is written here. Where a depthwise convolution replaces a regular
+one, the network is widened from c to c' channels (Section 3.1; six times in an inverted residual block):
+``dwconv3x3_6x`` is that layer, on 6C channels.
 Legend: N C H W; Cp the channels with a k x k neighbourhood.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -82,11 +85,19 @@ def _conv(channels: int, kernel_size: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
 
 
+def _depthwise(channels: int, width: int = 1) -> nn.Conv2d:
+    return _conv(width * channels, 3, groups=width * channels)
+
+
+WIDTHS: Mapping[str, int] = MappingProxyType({f"dwconv3x3_{width}x": width for width in (2, 4, 6)})
+
 OPERATORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "conv3x3": lambda channels: _conv(channels, 3),
         "gconv3x3_16groups": lambda channels: _conv(channels, 3, groups=16),
-        "dwconv3x3": lambda channels: _conv(channels, 3, groups=channels),
+        "dwconv3x3": _depthwise,
+        **{name: partial(_depthwise, width=width) for name, width in WIDTHS.items()},
+        "dwconv3x3+pwconv": lambda channels: nn.Sequential(_depthwise(channels), _conv(channels, 1)),
         "pwconv": lambda channels: _conv(channels, 1),
         "tconv3x3_r1/4": TConv2d,
         "pconv3x3_r1/4": PConv2d,
@@ -102,7 +113,7 @@ def create_operator(name: str, channels: int, **options: Any) -> nn.Module:
 
     Args:
         name: A name of ``OPERATORS``; Table 1 of the paper uses the same ones.
-        channels: C, of input and output.
+        channels: C, of input and output; an operator of ``WIDTHS`` takes and returns so many times as many.
         options: Options of the ``PConv2d`` in it, such as ``impl``.
 
     Raises:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasternet.data.images import ImageError, find_images, load_image
 from fasternet.data.transforms import Transform, create_transform
-from fasternet.deploy import fold_batch_norm, optimize_for_inference
+from fasternet.deploy import Runtime, create_runtime
 from fasternet.models.checkpoint import Checkpoint, Preprocessing
 from fasternet.models.convert import identify_variant, read_state
-from fasternet.models.fasternet import FasterNet
 from fasternet.models.registry import create_model
 from fasternet.rivals import is_fasternet, load_network, load_rival, resolve_network
 
@@ -46,7 +45,7 @@ class Predictor:
         transform: From a picture to a tensor (3, S, S).
         class_names: The K labels.
         batch_size: Pictures that go through the network at once.
-        fingerprint: A hash of weights, classes and preprocessing.
+        fingerprint: A hash of weights, classes and preprocessing, and the precision where it is not fp32.
     """
 
     logits_fn: Callable[[Tensor], Tensor]
@@ -61,6 +60,7 @@ class Predictor:
         checkpoint: Path | Checkpoint,
         *,
         engine: str = "eager",
+        precision: str = "fp32",
         batch_size: int = 16,
         device: torch.device | str = "cpu",
     ) -> Predictor:
@@ -68,25 +68,29 @@ class Predictor:
 
         Args:
             checkpoint: A model folder or a run folder, or what ``load_network`` or ``load_weights`` returned.
-            engine: See ``create_inference_model``.
+            engine: See ``deploy.create_runtime``.
+            precision: See ``deploy.create_runtime``.
             batch_size: Pictures that go through the network at once.
             device: Where the network computes.
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
-            ValueError: The checkpoint is damaged, or ``batch_size`` is no positive number.
+            ValueError: The checkpoint is damaged, ``batch_size`` is no positive number, or the engine cannot run here.
+            ModuleNotFoundError: The engine's package is missing.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_network(Path(checkpoint))
-        network = create_inference_model(checkpoint, batch_size=batch_size, engine=engine).to(device)
+        network = create_inference_model(
+            checkpoint, batch_size=batch_size, engine=engine, precision=precision, device=device
+        )
         return cls(
             lambda images: network(images.to(device)).cpu(),
             create_transform(checkpoint.preprocessing, training=False),
             checkpoint.class_names or _name_classes(checkpoint.num_classes),
             batch_size,
-            _hash_checkpoint(checkpoint),
+            _hash_checkpoint(checkpoint) + (f" {precision}" if precision != "fp32" else ""),
         )
 
     def __call__(
@@ -154,25 +158,33 @@ class Predictor:
         ]
 
 
-def create_inference_model(checkpoint: Checkpoint, *, batch_size: int = 1, engine: str = "eager") -> nn.Module:
-    """Return a new model that computes the function of a checkpoint's network faster.
+def create_inference_model(
+    checkpoint: Checkpoint,
+    *,
+    batch_size: int = 1,
+    engine: str = "eager",
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> Runtime:
+    """Make a checkpoint's network ready to run fast.
 
     Args:
-        checkpoint: Of a FasterNet, which ``optimize_for_inference`` optimises, or of another network: its BN is folded.
-        batch_size: What the model will mostly be run with.
-        engine: See ``optimize_for_inference``; other networks have ``"eager"`` alone.
+        checkpoint: Of any network; it is not modified.
+        batch_size: Pictures that a call takes at most.
+        engine: See ``deploy.create_runtime``.
+        precision: See ``deploy.create_runtime``.
+        device: Where the network computes.
+
+    Returns:
+        From pictures of the checkpoint's size, (N, C, S, S), to logits (N, K).
 
     Raises:
-        ValueError: The engine is not known.
+        ValueError: The engine is not known, or cannot run here.
+        ModuleNotFoundError: Its package is missing.
     """
-    model = checkpoint.model.eval()
-    if isinstance(model, FasterNet):
-        return optimize_for_inference(model, batch_size=batch_size, engine=engine)
-    if engine != "eager":
-        raise ValueError(f"engine {engine!r} is for FasterNets; {checkpoint.name} has the engine eager alone")
     size, channels = checkpoint.preprocessing.input_size, len(checkpoint.preprocessing.mean)
-    device = next(model.parameters()).device
-    return fold_batch_norm(model, torch.zeros(1, channels, size, size, device=device)).requires_grad_(False)
+    example = torch.zeros(batch_size, channels, size, size, device=device)
+    return create_runtime(checkpoint.model, example, engine=engine, precision=precision)
 
 
 def load_weights(model: str | None = None, checkpoint: Path | None = None) -> Checkpoint:

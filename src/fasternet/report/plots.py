@@ -1,7 +1,8 @@
-"""Figure 2, the training curve and calibration as inline SVG, drawn by matplotlib.
+"""Networks in a plane, sweeps, the training curve and calibration as inline SVG, drawn by matplotlib.
 
 Every colour is a CSS variable, so that one drawing serves light, dark and print; every drawing is made for a wide
-screen and for a phone, and the page shows the one that fits. Needs the extra ``report``.
+screen and for a phone, and the page shows the one that fits. A point names itself under the mouse and the keyboard's
+focus, and whatever belongs to an engine says so (``data-engine``), for the page's filters. Needs the extra ``report``.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import cycle, pairwise
+from typing import Any, Literal
 
 from fasternet.report.labels import Box, place_labels
-from fasternet.report.markup import Html, tag
+from fasternet.report.markup import Html, join, tag
 
 SIZES = {"wide": (540, 400), "narrow": (343, 320)}  # CSS pixels
 MARGINS = {"left": 46, "right": 10, "bottom": 40, "top": 30}
 TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(n / 10 for n in range(10, 100)))  # in a decade
 MAX_MARKED_EPOCHS = 40
+TIP_CHARACTER, LINE_HEIGHT = 6.6, 15  # of a point's name, CSS pixels
+MARKERS = "osD^v"  # of engines: circle, square, diamond, triangles
 # Stand-ins that no one else uses, each replaced by a CSS variable once matplotlib has written the SVG.
 INK, MUTED, RULE, PAPER, ACCENT, SECOND = (f"#00000{digit}" for digit in range(1, 7))
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", ACCENT: "accent", SECOND: "second"}
@@ -55,17 +58,51 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Point:
-    """A network in Figure 2; ``measured`` here, or as the paper has it."""
+    """A network in a plane, ``measured`` here in an engine or as the paper has it; ``named`` where its name fits."""
 
     name: str
     x: float
     y: float
     measured: bool = True
+    engine: str = ""
+    named: bool = True
 
     @property
-    def is_fasternet(self) -> bool:
-        """Whether it belongs to the family that is highlighted."""
-        return self.name.startswith("FasterNet")
+    def is_highlighted(self) -> bool:
+        """Whether it belongs to what the paper proposes."""
+        return self.name.startswith(("FasterNet", "PConv"))
+
+    @property
+    def filter(self) -> str:
+        """What a page's filter knows it by."""
+        return self.engine if self.measured else "paper"
+
+    @property
+    def detail(self) -> str:
+        """What it tells beside its name."""
+        where = f" ({self.filter})" if self.filter else ""
+        return f"{self.x:.3g}, {self.y:.3g}{where}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through points of one engine: those of FasterNet, a sweep, or what it would ideally be."""
+
+    corners: tuple[tuple[float, float], ...]
+    highlighted: bool = False
+    dashed: bool = False
+    engine: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in a finished drawing, in its pixels from the upper left, and how it names itself."""
+
+    x: float
+    y: float
+    name: str
+    detail: str
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,39 +124,78 @@ class Bin:
     accuracy: float
 
 
-def draw_networks(points: Sequence[Point], *, key: str, title: str, x_label: str, alt: str) -> Html:
-    """Draw networks in a plane with logarithmic axes, FasterNet connected, names beside the measured ones."""
+def draw_networks(
+    points: Sequence[Point], *, key: str, title: str, x_label: str, alt: str, y_scale: Literal["log", "linear"] = "log"
+) -> Html:
+    """Draw networks in a plane, the FasterNets of an engine connected, names beside the measured ones."""
+    lines = []
+    for measured, engine in dict.fromkeys((p.measured, p.engine) for p in points):
+        ours = [p for p in points if p.name.startswith("FasterNet") and (p.measured, p.engine) == (measured, engine)]
+        corners = tuple(sorted((p.x, p.y) for p in ours))
+        lines.append(Line(corners, highlighted=measured, dashed=not measured, engine=engine if measured else "paper"))
+    return draw_plane(points, lines, key=key, title=title, x_label=x_label, alt=alt, y_scale=y_scale)
 
-    def draw(axes: Any) -> None:
-        axes.set(xscale="log", yscale="log")
+
+def draw_plane(
+    points: Sequence[Point],
+    lines: Sequence[Line],
+    *,
+    key: str,
+    title: str,
+    x_label: str,
+    alt: str,
+    y_scale: Literal["log", "linear"] = "log",
+) -> Html:
+    """Draw points and lines over a logarithmic axis; each engine has its marker, the first one's points their names.
+
+    Args:
+        points: Hollow where they are the paper's.
+        lines: What connects them.
+        key: Anchor, unique in the page.
+        title: Heading, which names the vertical axis too.
+        x_label: Name of the horizontal axis.
+        alt: The drawing in words.
+        y_scale: Of the vertical axis.
+    """
+    markers = assign_markers([point.engine for point in points if point.measured])
+    first = next(iter(markers), "")
+    engines: dict[str, str] = {f"line{number}": line.engine for number, line in enumerate(lines)}
+
+    def draw(axes: Any) -> list[Mark]:
+        axes.set(xscale="log", yscale=y_scale)
         axes.set_title(title)
         axes.set_xlabel(x_label)
-        for measured in (False, True):
-            ours = sorted((p for p in points if p.is_fasternet and p.measured is measured), key=lambda p: p.x)
-            line = (
-                {"color": ACCENT, "linewidth": 2.0}
-                if measured
-                else {"color": MUTED, "linewidth": 0.8, "dashes": (4, 3)}
-            )
-            axes.plot([p.x for p in ours], [p.y for p in ours], zorder=2, **line)
+        for number, line in enumerate(lines):
+            style = {"color": ACCENT, "linewidth": 2.0} if line.highlighted else {"color": MUTED, "linewidth": 0.9}
+            dashes = {"dashes": (4, 3), "linewidth": 0.8} if line.dashed else {}
+            xs, ys = ([corner[axis] for corner in line.corners] for axis in (0, 1))
+            axes.plot(xs, ys, zorder=2, gid=f"line{number}", **(style | dashes))
         for number, point in enumerate(points):
-            color = ACCENT if point.is_fasternet else INK
-            filled = {"markersize": 7.5, "markerfacecolor": color, "markeredgecolor": PAPER, "zorder": 4}
+            color = ACCENT if point.is_highlighted else INK
+            size, layer = (7.5, 5) if point.engine == first else (5.5, 4)
+            filled = {"markersize": size, "markerfacecolor": color, "markeredgecolor": PAPER, "zorder": layer}
             hollow = {"markersize": 4.5, "markerfacecolor": PAPER, "markeredgecolor": MUTED, "zorder": 3}
             style = filled if point.measured else hollow
-            axes.plot(point.x, point.y, "o", gid=f"point{number}", markeredgewidth=0.8, **style)
-        _set_limits(axes, points)
-        _label(axes, [point for point in points if point.measured], [point for point in points if not point.measured])
+            marker = markers[point.engine] if point.measured else "o"
+            axes.plot(point.x, point.y, marker, gid=f"point{number}", markeredgewidth=0.8, **style)
+            engines[f"point{number}"] = point.filter
+        _set_limits(axes, points, y_scale)
+        engines.update(_label(axes, points, first=first))
+        return [Mark(*_pixels(axes, p.x, p.y), p.name, p.detail, p.filter) for p in points]
 
-    tips = [f"{p.name}{'' if p.measured else ' (paper)'}: {p.x:.3g}, {p.y:.3g}" for p in points]
-    return _draw_responsive(draw, key=key, alt=alt, tips=tips)
+    return _draw_responsive(draw, key=key, alt=alt, engines=engines)
+
+
+def assign_markers(engines: Iterable[str]) -> dict[str, str]:
+    """Give each engine matplotlib's name of a marker, in order of first appearance."""
+    return dict(zip(dict.fromkeys(engines), cycle(MARKERS), strict=False))
 
 
 def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str, from_zero: bool = False) -> Html:
     """Draw one panel of a training curve: values over epochs, from zero where noise would fill the axis."""
     from matplotlib.ticker import MaxNLocator
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any) -> list[Mark]:
         for line in series:
             color, dashes = (SECOND, (5, 2)) if line.second else (ACCENT, (None, None))
             marker = "o" if len(line.epochs) <= MAX_MARKED_EPOCHS else "none"
@@ -134,32 +210,46 @@ def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str, from
         axes.margins(x=0.03, y=0.08)
         if from_zero:
             axes.set_ylim(bottom=0)
+        return []
 
-    return _draw_responsive(draw, key=key, alt=alt, tips=[])
+    return _draw_responsive(draw, key=key, alt=alt)
 
 
 def draw_calibration(bins: Sequence[Bin], *, key: str, alt: str) -> Html:
     """Draw accuracy over confidence, beside the line on which both are equal."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any) -> list[Mark]:
         most = max(b.count for b in bins)
         xs, ys = [b.confidence for b in bins], [b.accuracy for b in bins]
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, dashes=(4, 3))
         axes.vlines(xs, ys, xs, color=SECOND, linewidth=1.2)  # the distance that ECE is the mean of
         axes.plot(xs, ys, color=ACCENT, linewidth=1.2)
-        for number, b in enumerate(bins):
+        for b in bins:
             size = 4 + 10 * math.sqrt(b.count / most)
             style = {"markerfacecolor": ACCENT, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
-            axes.plot(b.confidence, b.accuracy, "o", gid=f"point{number}", markersize=size, zorder=4, **style)
+            axes.plot(b.confidence, b.accuracy, "o", markersize=size, zorder=4, **style)
         axes.set_title("(b) Calibration: accuracy over confidence, %")
         axes.set_xlabel("Confidence, %")
         axes.set(xlim=(-3, 103), ylim=(-3, 103))
+        return [Mark(*_pixels(axes, b.confidence, b.accuracy), f"{b.count:,} pictures", _tell_bin(b)) for b in bins]
 
-    tips = [f"{b.count:,} pictures: confidence {b.confidence:.1f} %, accuracy {b.accuracy:.1f} %" for b in bins]
-    return _draw_responsive(draw, key=key, alt=alt, tips=tips)
+    return _draw_responsive(draw, key=key, alt=alt)
 
 
-def _draw_responsive(draw: Callable[[Any], None], *, key: str, alt: str, tips: Sequence[str]) -> Html:
+def _tell_bin(b: Bin) -> str:
+    return f"confidence {b.confidence:.1f} %, accuracy {b.accuracy:.1f} %"
+
+
+def _pixels(axes: Any, x: float, y: float) -> tuple[float, float]:
+    """Return where a point lies in the drawing, from its upper left corner."""
+    right, up = axes.transData.transform((x, y))
+    return float(right), float(axes.figure.bbox.height - up)
+
+
+def _draw_responsive(
+    draw: Callable[[Any], list[Mark]], *, key: str, alt: str, engines: Mapping[str, str] | None = None
+) -> Html:
+    """Make a drawing for every width; ``engines`` tells by ``gid`` which of its parts belong to an engine."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.style import context
@@ -170,13 +260,14 @@ def _draw_responsive(draw: Callable[[Any], None], *, key: str, alt: str, tips: S
         with context(["default", {**STYLE, "svg.hashsalt": f"{key}-{name}"}]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has the glyph
             canvas = Figure(figsize=(width / 72, height / 72), dpi=72)
-            draw(canvas.add_axes(_frame(width, height)))
+            marks = draw(canvas.add_axes(_frame(width, height)))
             file = io.StringIO()
             canvas.savefig(
                 file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
             )
-        svg = _clean(file.getvalue(), prefix=f"{key}-{name}-", alt=alt, tips=tips)
-        drawings.append(tag("div", svg, class_=name))
+        svg = _clean(file.getvalue(), prefix=f"{key}-{name}-", alt=alt, engines=engines or {})
+        named = join(_name(mark, width) for mark in marks)
+        drawings.append(tag("div", Html(svg.replace("</svg>", f"{named}</svg>")), class_=name))
     return tag("div", *drawings, class_="drawing")
 
 
@@ -185,34 +276,51 @@ def _frame(width: int, height: int) -> tuple[float, float, float, float]:
     return MARGINS["left"] / width, MARGINS["bottom"] / height, 1 - across / width, 1 - up / height
 
 
-def _clean(svg: str, *, prefix: str, alt: str, tips: Sequence[str]) -> Html:
-    """Make matplotlib's file a part of a page: no prologue, ids of its own, CSS colours and fonts, names on hover."""
+def _name(mark: Mark, width: int) -> Html:
+    """Make the area over a point that names it; it lies above everything drawn, so that nothing hides the name."""
+    half = TIP_CHARACTER * max(len(mark.name), len(mark.detail)) / 2
+    x = f"{max(half, min(mark.x, width - half)):.1f}"
+    y = f"{mark.y + (24 if mark.y < MARGINS['top'] + LINE_HEIGHT else -13 - LINE_HEIGHT):.1f}"
+    lines = tag("tspan", mark.name, x=x), tag("tspan", mark.detail, x=x, dy=LINE_HEIGHT)
+    tip = tag("text", *lines, class_="tip", y=y, text_anchor="middle")
+    area = tag("circle", cx=f"{mark.x:.1f}", cy=f"{mark.y:.1f}", r=9)
+    title = tag("title", f"{mark.name}: {mark.detail}")
+    return tag("g", title, area, tip, class_="point", tabindex=0, data_engine=mark.engine or None)
+
+
+def _clean(svg: str, *, prefix: str, alt: str, engines: Mapping[str, str]) -> Html:
+    """Make matplotlib's file a part of a page: no prologue, ids of its own, CSS colours and fonts, engines by name."""
     import html
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None  # matplotlib always writes one
-    opening = f'<svg {box.group()} role="img" aria-label="{html.escape(alt)}">'
+    opening = f'<svg {box.group()} role="group" aria-label="{html.escape(alt)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
-    for number, tip in enumerate(tips):
-        mark = f'<g id="{prefix}point{number}">'
-        svg = svg.replace(mark, f"{mark}<title>{html.escape(tip)}</title>")
+    for gid, engine in engines.items():
+        mark = f'<g id="{prefix}{gid}"'
+        svg = svg.replace(f"{mark}>", f'{mark} data-engine="{html.escape(engine)}">') if engine else svg
     return Html(re.sub(r">\s+<", "><", svg).strip())
 
 
-def _set_limits(axes: Any, points: Sequence[Point]) -> None:
-    """Give both axes room beyond the points, for the names, and ticks at round numbers."""
+def _set_limits(axes: Any, points: Sequence[Point], y_scale: str) -> None:
+    """Give both axes room beyond the points, for the names, and logarithmic ones ticks at round numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if y_scale == "linear":
+        axes.margins(y=0.12)
 
     for set_limits, axis, values in (
         (axes.set_xlim, axes.xaxis, [point.x for point in points]),
         (axes.set_ylim, axes.yaxis, [point.y for point in points]),
     ):
+        if axis.get_scale() == "linear":
+            continue
         room = (max(values) / min(values)) ** 0.07 * 1.1
         low, high = min(values) / room, max(values) * room
         set_limits(low, high)
@@ -232,8 +340,12 @@ def _ticks(low: float, high: float) -> Iterator[float]:
     yield from ticks
 
 
-def _label(axes: Any, named: Sequence[Point], others: Sequence[Point]) -> None:
-    """Write the names of points beside them, FasterNet first; a name that finds no free place is left to hovering."""
+def _label(axes: Any, points: Sequence[Point], *, first: str) -> dict[str, str]:
+    """Write the names of an engine's points beside them, FasterNet first; one without a free place names itself.
+
+    Returns:
+        The engine by the ``gid`` of what was written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     def pixels(point: Point) -> tuple[float, float]:
@@ -241,12 +353,15 @@ def _label(axes: Any, named: Sequence[Point], others: Sequence[Point]) -> None:
         return float(x), float(y)
 
     agg = FigureCanvasAgg(axes.figure).get_renderer()
-    named = sorted(named, key=lambda point: (not point.is_fasternet, point.x))
-    texts = [axes.text(0, 0, point.name, color=ACCENT if point.is_fasternet else INK, zorder=6,
-                       fontweight="bold" if point.is_fasternet else "normal", transform=None, va="bottom")
-             for point in named]  # fmt: skip
+    named = [point for point in points if point.measured and point.engine == first] or list(points)
+    named = sorted((point for point in named if point.named), key=lambda point: (not point.is_highlighted, point.x))
+    others = [point for point in points if point not in named]
+    texts = [axes.text(0, 0, point.name, color=ACCENT if point.is_highlighted else INK, zorder=6,
+                       fontweight="bold" if point.is_highlighted else "normal", transform=None, va="bottom",
+                       gid=f"name{number}")
+             for number, point in enumerate(named)]  # fmt: skip
     boxes = [text.get_window_extent(agg) for text in texts]
-    ours = [pixels(point) for point in named if point.is_fasternet]
+    ours = [pixels(point) for point in named if point.is_highlighted]
     frame = axes.get_window_extent(agg)
     places = place_labels(
         [pixels(point) for point in named],
@@ -254,7 +369,7 @@ def _label(axes: Any, named: Sequence[Point], others: Sequence[Point]) -> None:
         frame=Box(frame.x0, frame.y0, frame.x1, frame.y1),
         soft=[*(pixels(point) for point in others), *_samples(ours)],
     )
-    for text, place, point in zip(texts, places, named, strict=True):
+    for number, (text, place, point) in enumerate(zip(texts, places, named, strict=True)):
         if place is None:
             text.remove()
             continue
@@ -262,7 +377,10 @@ def _label(axes: Any, named: Sequence[Point], others: Sequence[Point]) -> None:
         start = pixels(point)
         end = (min(max(start[0], place.x0), place.x1), min(max(start[1], place.y0), place.y1))
         if math.dist(start, end) > 9:
-            axes.plot(*zip(start, end, strict=True), color=MUTED, linewidth=0.6, zorder=1, transform=None)
+            leader = {"color": MUTED, "linewidth": 0.6, "zorder": 1, "transform": None, "gid": f"leader{number}"}
+            axes.plot(*zip(start, end, strict=True), **leader)
+    gids = (f"{part}{number}" for part in ("name", "leader") for number in range(len(named)))
+    return dict(zip(gids, [point.filter for point in named] * 2, strict=True))
 
 
 def _samples(corners: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:

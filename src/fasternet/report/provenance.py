@@ -18,6 +18,7 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
     "precision": str,
     "engine": str,
     "memory_format": str,
+    "passes": str,
     "num_layers": "{} stacked layers".format,
     "input_size": "{} px".format,
     "channels": "C {}".format,
@@ -25,8 +26,9 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
     "width": "W {}".format,
     "size": "side {}".format,
     "mib": "{} MiB".format,
-    "baseline": lambda _: "",
-    "metric": lambda _: "",
+    **dict.fromkeys(
+        ("baseline", "baseline_engine", "baseline_precision", "best_engines", "metric", "sweep"), lambda _: ""
+    ),
 }
 
 

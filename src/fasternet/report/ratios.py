@@ -10,15 +10,25 @@ from fasternet.report.compare import Timing, interval_cell, read_timing, scaled
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
 from fasternet.report.operators import describe_operator
 from fasternet.report.provenance import describe_condition, provenance, shared_condition
+from fasternet.report.settings import read_way
 from fasternet.report.sources import Source, comparable, newest, select
 
 PLOT_WIDTH, PLOT_HEIGHT = 132, 30  # CSS pixels
-DISTINGUISHING = ("baseline", "input_size", "channels", "height", "width")
+MAX_OPEN_ROWS = 60
+DISTINGUISHING = (
+    *("baseline", "baseline_engine", "baseline_precision", "best_engines"),
+    *("input_size", "channels", "height", "width", "passes"),
+)
+
+
+def is_control(ratio: Record) -> bool:
+    """Whether a ratio is that of a thing to itself, which tells the error of its run."""
+    return ratio.subject == ratio.condition.get("baseline") and read_way(ratio) == read_way(ratio, "baseline_")
 
 
 def list_ratios(sources: Sequence[Source]) -> list[tuple[Record, Timing]]:
     """Return the newest of every ratio of times; the A/A controls stay out, each ratio tells their spread."""
-    ratios = [r for r in select(sources, "ratio") if read_timing(r) and r.subject != r.condition.get("baseline")]
+    ratios = [r for r in select(sources, "ratio") if read_timing(r) and not is_control(r)]
     latest = newest(
         ratios,
         lambda r: (r.suite, r.subject, comparable(r), *(str(r.condition.get(name)) for name in DISTINGUISHING)),
@@ -39,15 +49,18 @@ def _table(key: str, suite: str, rows: Sequence[tuple[Record, Timing]], machines
     shared = shared_condition(records)
     span = max(1.1, *(max(timing.high, 1 / timing.low) for _, timing in rows))
 
-    def name(subject: object) -> object:
-        return describe_operator(str(subject)) if suite == "operators" else subject
+    def name(subject: object, ratio: Record, place: int) -> str:
+        """Name one side of a ratio, with its engine and precision where they are not the other's."""
+        told = describe_operator(str(subject)) if suite == "operators" else str(subject)
+        ways = read_way(ratio), read_way(ratio, "baseline_")
+        return told if ways[0] == ways[1] else f"{told} ({ways[place]})"
 
     def differing(row: tuple[Record, Timing]) -> str | None:
         return describe_condition({k: v for k, v in row[0].condition.items() if k not in shared}) or None
 
     columns: list[Column[tuple[Record, Timing]]] = [
-        Column("Subject", lambda row: name(row[0].subject)),
-        Column("against", lambda row: name(row[0].condition.get("baseline"))),
+        Column("Subject", lambda row: name(row[0].subject, row[0], 0)),
+        Column("against", lambda row: name(row[0].condition.get("baseline"), row[0], 1)),
         Column("ratio", lambda row: row[1].value, ".3f", "Time"),
         Column("95 % interval", lambda row: interval_cell(row[1], ".3f"), "", "Time"),
         Column("less ← 1 → more", lambda row: Cell(_draw(*row, span), row[1].value), None, "Time"),
@@ -56,7 +69,10 @@ def _table(key: str, suite: str, rows: Sequence[tuple[Record, Timing]], machines
         Column("under", differing),
     ]
     note = "Time is the subject’s median over the other’s: below 1 the subject is faster."
-    return figure(key, f"Ratios of time, {suite}", table(key, columns, rows), note, provenance(records, machines))
+    content = table(key, columns, rows)
+    if len(rows) > MAX_OPEN_ROWS:
+        content = tag("details", tag("summary", f"All {len(rows):,} ratios"), content)
+    return figure(key, f"Ratios of time, {suite}", content, note, provenance(records, machines))
 
 
 def _draw(record: Record, timing: Timing, span: float) -> Html:

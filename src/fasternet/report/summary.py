@@ -1,11 +1,12 @@
-"""The headline of a report: what was trained, what optimising changed, how fast it is."""
+"""The headline of a report: which claims hold, what was trained, what optimising changed, how fast it is."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fasternet.records import Record
+from fasternet.records import Machine, Record
+from fasternet.report.claims import Verdict, count_verdicts, list_claims
 from fasternet.report.compare import Timing, scaled
 from fasternet.report.learning import Learned, find_learned
 from fasternet.report.markup import Html, join, power_of_ten, tag
@@ -19,24 +20,26 @@ from fasternet.report.provenance import (
     unique,
 )
 from fasternet.report.ratios import list_ratios
+from fasternet.report.settings import read_way
 from fasternet.report.sources import COMPARABLE, Source, comparable, group, newest, select
 from fasternet.report.training import last_epochs
 
 MAX_CLAIMS = 4  # of a kind
+CLAIMS_TOLD: dict[Verdict, str] = {"partly": "partly", "does not hold": "not", "not run": "not run"}
 
 
-def show_summary(sources: Sequence[Source]) -> list[Html]:
-    """Tell what was trained, what optimising changed and how fast it all is."""
+def show_summary(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
+    """Tell which claims hold, what was trained, what optimising changed and how fast it all is."""
     learned = [row for row in find_learned(sources) if len(row.runs) > 1]
     told = {id(source) for row in learned for source in row.sources}
-    facts = [_tell_learned(row) for row in learned]
+    facts = [*_tell_claims(sources, machines), *(_tell_learned(row) for row in learned)]
     facts += [fact for source in sources if id(source) not in told for fact in _tell_training(source)]
     facts += [*_tell_differences(sources), *_tell_flops(sources)]
     ranked: list[list[tuple[Record, Timing]]] = [[], [], []]
     for record, timing in list_ratios(sources):
         if (rank := _rank(record)) is not None:
             ranked[rank].append((record, timing))
-    chosen = [row for rows in ranked for row in rows[:MAX_CLAIMS]]
+    chosen = [row for rows in ranked for row in _of_one_setting(rows)[:MAX_CLAIMS]]
     content = [tag("dl", *facts, class_="facts")] if facts else []
     if chosen:
         shared = shared_condition([record for record, _ in chosen])
@@ -110,10 +113,29 @@ def _tell_flops(sources: Sequence[Source]) -> list[Html]:
     return facts
 
 
+def _tell_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
+    """Tell how many of the paper's claims hold, where any was measured."""
+    claims = list_claims(sources, machines)
+    if not any(claim.machine for claim in claims):
+        return []
+    counts = count_verdicts(claims)
+    rest = ", ".join(f"{counts[verdict]} {told}" for verdict, told in CLAIMS_TOLD.items())
+    link = tag("a", "claims of the paper", href="#section-claims")
+    return [_fact(f"{counts['holds']} of {len(claims)}", link, f" hold in eager PyTorch; {rest}")]
+
+
+def _of_one_setting(rows: list[tuple[Record, Timing]]) -> list[tuple[Record, Timing]]:
+    """Keep the ratios of networks that share machine and conditions with the first one: engines do not mix."""
+    networks = [record for record, _ in rows if record.suite == "networks"]
+    return [row for row in rows if row[0].suite != "networks" or comparable(row[0]) == comparable(networks[0])]
+
+
 def _rank(ratio: Record) -> int | None:
     """Return how far up a ratio belongs in the summary: optimising, the forms of PConv, the paper's rivals."""
     own, _, form = ratio.subject.partition(":")
     baseline = str(ratio.condition.get("baseline"))
+    if read_way(ratio) != read_way(ratio, "baseline_") or ratio.condition.get("best_engines"):
+        return None
     if ratio.suite != "networks":
         return None if ratio.suite == "operators" else 0
     if form:

@@ -144,7 +144,7 @@ def load_rival(name: str, path: Path | None = None) -> Checkpoint:
 
 def _count_published_classes(rival: Rival) -> int:
     """Return the classes of published weights; any other number would get a random classifier."""
-    if rival.source == "torchvision":
+    if rival.source != "timm":
         return 1000
     import timm
 
@@ -158,6 +158,8 @@ def _find_preprocessing(rival: Rival, model: nn.Module) -> Preprocessing:
     """Return how the library that keeps a network evaluates it."""
     if rival.source == "timm":
         return read_preprocessing({"pretrained_cfg": model.pretrained_cfg})
+    if rival.source == "fasternet":
+        return Preprocessing()
     import torchvision
 
     transform = torchvision.models.get_model_weights(rival.builder).DEFAULT.transforms()

@@ -14,7 +14,7 @@ from fasternet.models import convert
 from fasternet.models.checkpoint import WEIGHTS_FILE, read_config
 from fasternet.models.fasternet import VARIANTS
 from fasternet.models.registry import create_model
-from fasternet.rivals.registry import Rival, list_rivals
+from fasternet.rivals.registry import Rival, create_own, list_rivals
 
 
 def is_fasternet(name: str) -> bool:
@@ -40,7 +40,7 @@ def resolve_network(name: str) -> Rival:
     for rival in list_rivals():
         if name == rival.name:
             return rival
-        if architecture == rival.builder:
+        if architecture == rival.builder and (rival.source == "timm" or name == architecture):
             return dataclasses.replace(rival, builder=name)
     if timm.is_model(name):
         return Rival(architecture, "timm", name, timm.get_pretrained_cfg(name).input_size[-1])
@@ -100,7 +100,11 @@ def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *,
     """
     try:
         model: nn.Module
-        if rival.source == "torchvision":
+        if rival.source == "fasternet":
+            if pretrained:
+                raise ValueError("there are no pretrained weights of it; give a file with checkpoint_path")
+            model = create_own(rival.builder, num_classes, **options)
+        elif rival.source == "torchvision":
             model = _build_torchvision(rival.builder, num_classes, pretrained, options)
         else:
             import timm

@@ -1,4 +1,6 @@
-// Column headings become buttons that sort their table; without a script the table is still whole.
+// The page's only script; without it the page is whole: tables unsorted, every engine shown, records as text inside.
+
+// Column headings become buttons that sort their table.
 for (const heading of document.querySelectorAll("th[data-sortable]")) {
   const button = document.createElement("button");
   button.type = "button";
@@ -23,4 +25,27 @@ for (const heading of document.querySelectorAll("th[data-sortable]")) {
     for (const other of table.querySelectorAll("[aria-sort]")) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
   });
+}
+
+// What a legend names by its engine gets a check box, which hides that engine's points, lines and rows.
+for (const entry of document.querySelectorAll("figure .legend [data-engine]")) {
+  const label = document.createElement("label");
+  const box = document.createElement("input");
+  box.type = "checkbox";
+  box.checked = true;
+  label.append(box, ...entry.childNodes);
+  entry.append(label);
+  box.addEventListener("change", () => {
+    for (const part of entry.closest("figure").querySelectorAll("svg [data-engine], td [data-engine]")) {
+      if (part.dataset.engine !== entry.dataset.engine) continue;
+      (part.closest("tr") ?? part).classList.toggle("off", !box.checked);
+    }
+  });
+}
+
+// The records inside the page become a file.
+const records = document.getElementById("records");
+const download = document.getElementById("download-records");
+if (records && download) {
+  download.href = URL.createObjectURL(new Blob([records.textContent], { type: "application/jsonl" }));
 }

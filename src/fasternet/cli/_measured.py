@@ -1,0 +1,145 @@
+"""What the measuring commands share: records are written as they come, then printed beside the paper's numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasternet.cli._common import note, print_json, print_table
+
+if TYPE_CHECKING:
+    from fasternet.records import Record
+
+
+def split(names: str | None) -> list[str] | None:
+    """Return the names of a list that is separated by commas."""
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def list_fast_engines(device: str) -> list[str]:
+    """Return eager PyTorch and the runtimes that are ready; compiling takes minutes, and has to be asked for."""
+    from fasternet.deploy import explain_engine
+
+    return ["eager", *(e for e in ("onnxruntime", "openvino") if explain_engine(e, "fp32", device) is None)]
+
+
+def finish(
+    suite: str,
+    records: Iterable[Record],
+    out: Path | None,
+    as_json: bool,
+    paper_ms: Mapping[str, float],
+    known: Sequence[Record] = (),
+) -> None:
+    """Write the records as they come, then print them after those that were ``known``, then say where they are."""
+    path, written = save(suite, records, out)
+    written = [*known, *written]
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in written])
+    else:
+        _print_differences([record for record in written if record.kind == "difference"])
+        _print_latencies([record for record in written if record.kind == "latency"], paper_ms)
+        print_ratios([record for record in written if record.kind == "ratio"], paper_ms)
+    note_end(path, written)
+
+
+def save(suite: str, records: Iterable[Record], out: Path | None) -> tuple[Path, list[Record]]:
+    """Write the records as they come; return where, and all of them."""
+    from fasternet.benchmark.results import find_results_file, save_results
+
+    path = out or find_results_file(suite)
+    return path, list(save_results(path, records))
+
+
+def note_end(path: Path, written: Sequence[Record]) -> None:
+    """Say what to think of the records, and where they are."""
+    for warning in dict.fromkeys(text for record in written for text in record.values.get("warnings", ())):
+        note(f"warning: {warning}")
+    if num_unstable := sum(record.values.get("unstable", False) for record in written):
+        note(f"unstable: {num_unstable}; run again when nothing else runs, records are added and never replaced")
+    note(str(path))
+
+
+def _print_differences(records: Sequence[Record]) -> None:
+    if not records:
+        return
+    columns = ("", "against", "max relative difference", "allowed", "changed predictions", "pictures")
+    fields = ("max_relative_difference", "limit", "changed_predictions", "num_images")
+    rows = [(r.subject, r.condition["baseline"], *(r.values[name] for name in fields)) for r in records]
+    print_table(columns, rows, title="Exactness")
+
+
+def print_speeds(records: Sequence[Record]) -> None:
+    """Print what ``bench training`` measured."""
+    fields = ("images_per_second", "latency_ms", "latency_ms_min")
+    rows = []
+    for record in records:
+        values: Mapping[str, Any] = record.values
+        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
+        rows.append((record.subject, *(values.get(field) for field in fields), remark))
+    print_table(("", "images/s", "ms a step", "min ms", "remark"), rows, title="Training: the parts, and other loops")
+
+
+def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
+    columns = ("", "GMACs", "paper ms", "ms", "min ms", "p90 ms", "GMACs/s", "of peak %", "images/s", "remark")
+    rows = []
+    for record in records:
+        values: Mapping[str, Any] = record.values
+        units = {
+            **{"latency_ms": 1, "latency_ms_min": 1, "latency_ms_p90": 1},
+            **{"macs_per_second": 1e9, "peak_share": 0.01, "images_per_second": 1},
+        }
+        scaled = [None if values.get(name) is None else values[name] / unit for name, unit in units.items()]
+        macs = values["macs"] / 1e9 if "macs" in values else None
+        remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
+        remark = remark or ("speed only" if values.get("speed_only") else "")
+        rows.append((_describe(record), macs, paper_ms.get(_label(record)), *scaled, remark))
+    print_table(columns, rows, title="Time of one call: the paper (version v1) and measured here")
+
+
+def print_ratios(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
+    """Print ratios of times, and the paper's where it has both."""
+    columns = ("", "against", "paper ratio", "ratio", "95 % interval", "A/A spread %", "verdict")
+    rows = []
+    for record in records:
+        values, condition, other = record.values, record.condition, record.condition["baseline"]
+        own, theirs = _describe(record), _describe(record, other)
+        above, below = (paper_ms.get(label) for label in (_label(record), _label(record, other)))
+        paper_ratio = above / below if above and below and record.subject != other else None
+        against = "itself (A/A control)" if own == theirs else theirs
+        own += " (fastest engine of each)" if condition.get("best_engines") else ""
+        interval = f"{values['low']:.3f} to {values['high']:.3f}"
+        spread = 100 * values["a_a_spread"]
+        rows.append((own, against, paper_ratio, values["ratio"], interval, spread, values["verdict"]))
+    print_table(columns, rows, title="Times as multiples of another's: above 1 is slower")
+
+
+def _label(record: Record, subject: str | None = None) -> str:
+    """Return the name of a row: the subject; of an operator also its shape."""
+    shape = [str(record.condition[key]) for key in ("channels", "height", "width") if key in record.condition]
+    return " ".join(filter(None, (subject or record.subject, "x".join(shape))))
+
+
+def _describe(record: Record, baseline: str | None = None) -> str:
+    """Return the name of a row, or of what its ratio is against, with an engine and a precision that are not usual."""
+    prefix = "" if baseline is None else "baseline_"
+    setup = (record.condition.get(prefix + "engine"), record.condition.get(prefix + "precision"))
+    return " ".join([_label(record, baseline), *(word for word in setup if word not in (None, "eager", "fp32"))])
+
+
+def read_paper(suite: str, device: str, batch_size: int) -> dict[str, float]:
+    """Return the paper's ms per call by row; nothing under conditions that it did not measure."""
+    from fasternet.paper import load_table
+
+    if suite == "networks":
+        rows = {row["network"]: row for row in load_table("table3_imagenet")}
+    else:
+        shape = "{operator} {channels}x{height}x{width}"
+        rows = {shape.format_map(row): row for row in load_table("table1_operators")}
+    if device == "cpu" and batch_size == 1:
+        return {label: float(row["cpu_latency_ms"]) for label, row in rows.items()}
+    if device != "cpu" and batch_size == 32:
+        return {label: 32e3 / float(row["gpu_throughput_images_per_second"]) for label, row in rows.items()}
+    return {}

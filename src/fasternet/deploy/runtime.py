@@ -1,0 +1,318 @@
+"""Any network in any engine and precision behind one callable, from pictures (N, C, H, W) to logits (N, K)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import io
+import logging
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fasternet.deploy import onnx_file
+from fasternet.deploy.fold import fold_batch_norm
+from fasternet.deploy.optimize import from_timm, optimize_for_inference
+from fasternet.environment import describe_machine
+from fasternet.models.fasternet import FasterNet
+from fasternet.ops import PConv2d
+
+Engine = Literal["eager", "compile", "onnxruntime", "openvino"]
+Precision = Literal["fp32", "bf16", "int8"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+_PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+SPEED_ONLY = "speed only: calibrated on random pictures, so that its accuracy is not known"
+_ENGINE_REASONS = {
+    "eager": "PyTorch as it is: no preparation, any batch up to the example's",
+    "compile": "one graph with the weights as constants; on CUDA replayed as a CUDA graph",
+    "onnxruntime": "from an ONNX file, on the CPU",
+    "openvino": "from OpenVINO's own file, made of an ONNX file; one stream, for the lowest latency",
+}
+_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runtime:
+    """A network ready to run; ``create_runtime`` makes it.
+
+    Attributes:
+        engine: What runs it.
+        precision: What it computes in; inputs and outputs are float32 always.
+        num_images: Pictures that a call takes at most.
+        load_s: Seconds from the module or the file to the first output.
+        file_bytes: Size of the file that would be deployed; None where the engine takes the module itself.
+        reasons: For each choice, why it computes so.
+    """
+
+    engine: str
+    precision: str
+    num_images: int
+    load_s: float
+    file_bytes: int | None
+    reasons: Mapping[str, str]
+    _run: Callable[[Tensor], Tensor] = dataclasses.field(repr=False)
+    _buffer: Tensor = dataclasses.field(repr=False)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map pictures to logits.
+
+        Args:
+            x: (N, C, H, W), float32, on the device and of the size of the example, in any memory format; N is at most
+                ``num_images``. Engines of a fixed batch compute fewer pictures at the cost of ``num_images``.
+
+        Returns:
+            (N, K), float32, on the same device; memory of its own, which no later call overwrites.
+
+        Raises:
+            ValueError: ``x`` does not fit.
+        """
+        buffer, n = self._buffer, len(x)
+        if (
+            x.shape[1:] != buffer.shape[1:]
+            or not 1 <= n <= self.num_images
+            or (x.dtype, x.device) != (buffer.dtype, buffer.device)
+        ):
+            size = ", ".join(map(str, buffer.shape[1:]))
+            raise ValueError(
+                f"x must be float32 of the shape (1 to {self.num_images}, {size}) on {buffer.device}, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+        if self.engine == "eager":
+            return self._run(x)
+        if (
+            n < self.num_images
+            or x.stride() != buffer.stride()
+            or (self.engine == "compile" and not _is_alike(x, buffer))
+        ):
+            buffer[:n] = x
+            x = buffer
+        return self._run(x)[:n]
+
+
+def create_runtime(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    engine: str = "eager",
+    precision: str = "fp32",
+    threads: int | None = None,
+    memory_format: str | None = None,
+) -> Runtime:
+    """Make a network ready to run in an engine.
+
+    A FasterNet becomes ``optimize_for_inference`` in eager and has BN folded elsewhere; any other network is
+    re-parameterised where it can be, and has BN folded.
+
+    Args:
+        model: Any network from pictures to logits; it is not modified.
+        example: (N, C, H, W), float32: the largest batch, and the size of the pictures; its device is the network's.
+        engine: One of ``ENGINES``; an engine that cannot run is never replaced by another one.
+        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``. The last is quantised with random pictures: speed only.
+        threads: Of the CPU; None takes PyTorch's. ``eager`` and ``compile`` run in PyTorch's threads: set these with
+            ``environment.set_threads`` around making and running it.
+        memory_format: ``"contiguous"`` or ``"channels_last"``, for eager and compile; None is contiguous. FasterNet in
+            eager chooses its own.
+
+    Returns:
+        The network as a callable, which has run once.
+
+    Raises:
+        ValueError: An argument does not fit, the engine or precision cannot run here (``explain_engine`` says why), or
+            it cannot build this network.
+        ModuleNotFoundError: The engine's package is missing.
+    """
+    if example.dim() != 4 or example.dtype != torch.float32 or not len(example):
+        raise ValueError(f"example must be float32 (N, C, H, W), got {example.dtype} {tuple(example.shape)}")
+    if memory_format is not None and memory_format not in _MEMORY_FORMATS:
+        raise ValueError(f"memory_format {memory_format!r} is not one of {', '.join(_MEMORY_FORMATS)}")
+    if (reason := explain_engine(engine, precision, example.device.type)) is not None:
+        raise (ModuleNotFoundError if "pip install" in reason else ValueError)(reason)
+    current = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1")
+    if threads not in (None, current) and engine in ("eager", "compile"):
+        raise ValueError(
+            f"threads={threads}, but engine {engine} runs in PyTorch's threads, which are {current}: "
+            "set them with fasternet.environment.set_threads"
+        )
+    is_onnx = engine in ("onnxruntime", "openvino")
+    layout = _MEMORY_FORMATS["contiguous" if is_onnx else memory_format or "contiguous"]
+    devices = [example.device] if example.is_cuda else []
+    # Of tensors made in inference mode a compiled graph would be one for such tensors alone.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), _build(engine, precision):
+        example = example.detach().clone(memory_format=layout)
+        network, reasons = _prepare(model, example, engine)
+        if is_onnx:
+            run, load_s, file_bytes = onnx_file.load(network, example, engine, precision, threads or current)
+        else:
+            run, load_s = _load_module(network, example, engine, precision, layout)
+            file_bytes = None
+    reasons |= {"engine": _ENGINE_REASONS[engine], **({"precision": SPEED_ONLY} if precision == "int8" else {})}
+    return Runtime(engine, precision, len(example), load_s, file_bytes, reasons, run, example)
+
+
+def explain_engine(engine: str, precision: str = "fp32", device: str = "cpu") -> str | None:
+    """Say why an engine cannot run here.
+
+    Args:
+        engine: One of ``ENGINES``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        None where it runs, else one sentence.
+
+    Raises:
+        ValueError: There is no such engine, precision or device.
+    """
+    for name, value, allowed in (
+        ("engine", engine, ENGINES),
+        ("precision", precision, PRECISIONS),
+        ("device", device, ("cpu", "cuda")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    if engine in _PACKAGES:
+        if device == "cuda":
+            return f"engine {engine} runs on the CPU alone: give the device cpu, or take eager or compile"
+        packages = (*_PACKAGES[engine], *(("nncf",) if (engine, precision) == ("openvino", "int8") else ()))
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"engine {engine} needs {', '.join(missing)}: pip install 'fasternet[{engine}]'"
+    elif precision == "int8":
+        return f"engine {engine} has no int8: PyTorch quantises with torchao, not here; take onnxruntime or openvino"
+    if engine == "compile" and device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "engine compile needs a C++ compiler: install g++, or name one in CXX"
+    if engine == "compile" and device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "engine compile needs triton on CUDA: pip install triton"
+    if precision == "bf16":
+        return _explain_bf16(engine, device)
+    return None
+
+
+def _explain_bf16(engine: str, device: str) -> str | None:
+    if engine == "onnxruntime":
+        return "engine onnxruntime has no bf16 convolutions on the CPU: take fp32 or int8, or openvino"
+    if device == "cuda":
+        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "the GPU has no bf16 arithmetic"
+    machine = describe_machine()
+    if {"avx512_bf16", "amx_bf16"} & set(machine.instruction_sets):
+        return None
+    return f"precision bf16 needs a processor with avx512_bf16 or amx_bf16: {machine.processor} has neither"
+
+
+def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:
+    """Return a copy of a network in its fastest exact form for an engine, and why it is that."""
+    from timm.models import reparameterize_model
+    from timm.models.fasternet import FasterNet as TimmFasterNet
+
+    model = copy.deepcopy(model).to(example.device, torch.float32).eval()
+    if isinstance(model, TimmFasterNet):
+        model = from_timm(model)
+    if isinstance(model, FasterNet):
+        if engine == "eager":
+            optimized = optimize_for_inference(model, batch_size=len(example))
+            return optimized, dict(optimized.reasons)
+        for module in model.modules():
+            if isinstance(module, PConv2d):
+                module.impl = "split_cat"
+        reasons = {"pconv": "split_cat: compilers turn the slices into views and write the concatenation directly"}
+    else:
+        model = reparameterize_model(model)
+        reasons = {"form": "re-parameterised where the network can be"}
+    reasons["norm"] = "BN folded into the layer before it, where that layer has no other reader"
+    return fold_batch_norm(model, example).requires_grad_(False), reasons
+
+
+class _InPrecision(nn.Module):
+    """A network that computes in a precision and takes and gives float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.network(x.to(self.dtype)).float())
+
+
+def _load_module(
+    network: nn.Module, example: Tensor, engine: str, precision: str, layout: torch.memory_format
+) -> tuple[Callable[[Tensor], Tensor], float]:
+    """Return what runs a network in PyTorch, and the seconds until its first output."""
+    is_fasternet = isinstance(network, FasterNet)
+    if not (is_fasternet and engine == "eager"):  # that one has chosen
+        network = network.to(memory_format=layout)
+    if precision == "bf16":
+        network = _InPrecision(network, torch.bfloat16)
+
+    def run_eager(x: Tensor) -> Tensor:
+        return cast(Tensor, network(x if is_fasternet else x.contiguous(memory_format=layout)))
+
+    start = time.perf_counter()
+    run = run_eager if engine == "eager" else _compile(network, example)
+    if not isinstance(output := run(example), Tensor):
+        raise ValueError(f"its output is no tensor of logits, but a {type(output).__name__}")
+    if example.is_cuda:
+        torch.cuda.synchronize()
+    return run, time.perf_counter() - start
+
+
+def _compile(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Compile a network whole, its weights as constants, which lets the compiler lay them out for its kernels."""
+    from torch._inductor import config
+
+    # Compiled graphs are kept by code object, a few for each: an exported network brings one of its own.
+    exported = torch.export.export(network, (example,)).module()
+    mode = "reduce-overhead" if example.is_cuda else None
+    compiled = torch.compile(exported.forward, fullgraph=True, dynamic=False, mode=mode)
+    with config.patch(freezing=True):
+        compiled(example)
+    if not example.is_cuda:
+        return compiled
+    return lambda x: compiled(x).clone()  # CUDA graphs write every output into the same memory
+
+
+def _is_alike(x: Tensor, example: Tensor) -> bool:
+    """Whether a compiled graph takes a tensor for what it was compiled with: inference mode makes others."""
+    return not x.requires_grad and torch._C._dispatch_keys(x) == torch._C._dispatch_keys(example)
+
+
+@contextlib.contextmanager
+def _build(engine: str, precision: str) -> Iterator[None]:
+    """Keep exporters and compilers from talking, and turn what fails into one sentence; lack of memory stays itself."""
+    disabled, seeds = logging.root.manager.disable, random.getstate()  # nncf draws
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as raised:
+        error: BaseException = raised
+        while error.__cause__ is not None:  # exporters wrap what a user can understand
+            error = error.__cause__
+        first = str(error).strip().partition("\n")[0]
+        first = first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
+        raise ValueError(f"engine {engine} cannot run this network in {precision}: {first}") from raised
+    finally:
+        logging.disable(disabled)
+        random.setstate(seeds)

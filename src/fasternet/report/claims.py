@@ -1,0 +1,335 @@
+"""Claims: every claim of the paper as a row, what was measured of it beside it, and whether it holds here.
+
+A claim is judged as the paper measured it, in eager PyTorch, and once more with each network in the fastest library
+engine that it has. ``holds``: the interval reaches the paper's number, the corrected one where there is one, or lies
+beyond it. ``partly``: the direction is certain, the amount is smaller. ``does not hold``: the direction is not certain,
+or it is the opposite one. ``not run``: there is no record of such a device, or more than records is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from fasternet.paper import load_table
+from fasternet.records import Machine, Record
+from fasternet.report.compare import Timing, printed, read_timing
+from fasternet.report.markup import Cell, Column, Html, figure, table, tag
+from fasternet.report.operators import DWCONV, compare_flops
+from fasternet.report.provenance import describe_machine, number, provenance, unique
+from fasternet.report.settings import ARM, ENGINES, Way, read_way
+from fasternet.report.sources import Source, newest, select
+
+Verdict = Literal["holds", "partly", "does not hold", "not run"]
+VERDICTS: tuple[Verdict, ...] = ("holds", "partly", "does not hold", "not run")
+SUITES = ("networks", "operators")
+WRAPPED = (
+    "display: block; width: min(38vw, 20rem); white-space: normal"  # sentences, beside a column that stays in place
+)
+
+
+class Speed(NamedTuple):
+    """Found in the ratio of the time of ``rival`` to that of ``own``."""
+
+    rival: str
+    own: str
+
+
+class Flops(NamedTuple):
+    """Found in the FLOPS of PConv relative to those of DWConv, each the mean over the shapes of Table 1."""
+
+
+class Computed(NamedTuple):
+    """Found by Eq. 2 to 5."""
+
+    value: float
+    how: str
+
+
+class Needs(NamedTuple):
+    """Not to be found in records of speed."""
+
+    what: str
+
+
+C, CP, K = 4, 1, 3  # r = 1/4; the shares below hold for every width
+DETECTION = "needs Mask R-CNN at 1280 × 800 timed on a GPU"
+COCO = "needs weights fine-tuned on COCO, and COCO’s validation pictures"
+# How each claim is found, by its text; its device tells the records to look at.
+RULES: dict[str, Speed | Flops | Computed | Needs] = {
+    "FasterNet-T0 against MobileViT-XXS: speed": Speed("MobileViT-XXS", "FasterNet-T0"),
+    "FasterNet-T0 against MobileViT-XXS: top-1 points": Needs(
+        "needs the published weights of both, and ImageNet’s validation pictures"
+    ),
+    "FasterNet-L against Swin-B: throughput": Speed("Swin-B", "FasterNet-L"),
+    "FasterNet-L against Swin-B: compute time saved": Speed("Swin-B", "FasterNet-L"),
+    "FasterNet-L against ConvNeXt-B: throughput": Speed("ConvNeXt-B", "FasterNet-L"),
+    "FasterNet-L against ConvNeXt-B: compute time saved": Speed("ConvNeXt-B", "FasterNet-L"),
+    "PConv against DWConv: FLOPS (ratio; printed as 14x higher)": Flops(),
+    "PConv against DWConv: FLOPS (ratio; printed as 6.5x higher)": Flops(),
+    "PConv against DWConv: FLOPS (ratio; printed as 22.7x higher)": Flops(),
+    "PConv r=1/4 against regular conv: FLOPs": Computed(
+        (K**2 * CP**2) / (K**2 * C**2), "computed: h·w·k²·c_p² over h·w·k²·c²"
+    ),
+    "PConv r=1/4 against regular conv: memory access": Computed(
+        (2 * CP) / (2 * C), "computed: h·w·2c_p over h·w·2c, the filters left out as in the paper"
+    ),
+    "FasterNet-S against ResNet50 in Mask R-CNN: compute time saved": Needs(DETECTION),
+    "FasterNet-S against ResNet50 in Mask R-CNN: box AP": Needs(COCO),
+    "FasterNet-S against ResNet50 in Mask R-CNN: mask AP": Needs(COCO),
+    "FasterNet-L against PVT-Large in Mask R-CNN: latency": Needs(DETECTION),
+    "PConv+PWConv has the lowest average approximation loss (Table 2)": Needs(
+        "needs the weights of a trained ResNet50, and ImageNet’s pictures"
+    ),
+    "centre is the most frequent salient position (Fig. 6)": Needs("needs the weights of a trained ResNet18"),
+}
+# As the paper measured: of the records of a device, those of these conditions are looked at.
+CONDITIONS: dict[str, dict[str, object]] = {
+    "gpu": {"batch_size": 32},
+    "cpu": {"batch_size": 1, "threads": 1},
+    "arm": {"batch_size": 1, "threads": 1},
+}
+UNDER = {
+    "gpu": "a GPU, batch 32, fp32",
+    "cpu": "a CPU, 1 thread, batch 1, fp32",
+    "arm": "an ARM CPU, 1 thread, batch 1, fp32",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a claim, in the claim's unit.
+
+    Attributes:
+        interval: Value and 95 % interval.
+        certain: Whether the measuring protocol tells it from 'no difference'.
+        how: Of what and over what, where the claim does not tell.
+        records: Where it comes from.
+    """
+
+    interval: Timing
+    certain: bool = True
+    how: str = ""
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what was measured of it on one machine.
+
+    Attributes:
+        text: In the words of the paper's table of claims.
+        device: gpu, cpu, arm or any.
+        kind: Unit of its numbers: ratio, share, difference, loss or order.
+        v1: The paper's number in version v1.
+        corrected: The one in later versions.
+        machine: Id of the machine, or None.
+        eager: Measured in eager PyTorch, or computed.
+        best: Measured in the fastest library engine of each network.
+        remark: Under which conditions, or what is missing.
+    """
+
+    text: str
+    device: str
+    kind: str
+    v1: float | None
+    corrected: float | None
+    machine: str | None = None
+    eager: Measured | None = None
+    best: Measured | None = None
+    remark: str = ""
+
+    def judge(self, measured: Measured | None) -> Verdict:
+        """Return whether the claim holds by what was measured."""
+        target = self.v1 if self.corrected is None else self.corrected
+        if measured is None or target is None:
+            return "not run"
+        _, low, high = measured.interval
+        neutral = 1.0 if self.kind == "ratio" else 0.0
+        grows = target > neutral
+        if not measured.certain or not (low > neutral if grows else high < neutral):
+            return "does not hold"
+        return "holds" if (high >= target if grows else low <= target) else "partly"
+
+
+def list_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Claim]:
+    """Return every claim of the paper, once for each machine that it was measured on, once where it was not."""
+    records = [record for kind in ("latency", "ratio") for record in select(sources, kind)]
+    claims = []
+    for row in load_table("claims"):
+        known = (row["claim"], row["device"], row["kind"], printed(row, "v1"), printed(row, "corrected"))
+        rule = RULES[row["claim"]]
+        if isinstance(rule, Computed):
+            measured = Measured(Timing(rule.value, rule.value, rule.value))
+            claims.append(Claim(*known, eager=measured, remark=rule.how))
+        elif isinstance(rule, Needs):
+            claims.append(Claim(*known, remark=rule.what))
+        else:
+            claims += _list_measured(Claim(*known), rule, records, machines)
+    return claims
+
+
+def _list_measured(
+    claim: Claim, rule: Speed | Flops, records: Sequence[Record], machines: Mapping[str, Machine]
+) -> list[Claim]:
+    wanted = CONDITIONS[claim.device].items()
+    fitting = [
+        record
+        for record in records
+        if find_device(record, machines) == claim.device
+        and all(record.condition.get(name) == value for name, value in wanted)
+        and all(way.precision == "fp32" for way in _ways(record))
+    ]
+    found = []
+    for machine in unique(record.machine for record in fitting):
+        own = [record for record in fitting if record.machine == machine]
+        eager = _find_flops(own) if isinstance(rule, Flops) else _find_speed(own, rule, claim.kind, best=False)
+        best = None if isinstance(rule, Flops) else _find_speed(own, rule, claim.kind, best=True)
+        if eager or best:
+            told = [f"on {UNDER[claim.device]}", *(way.how for way in (eager, best) if way and way.how)]
+            found.append(replace(claim, machine=machine, eager=eager, best=best, remark="; ".join(told)))
+    pair = ("PConv", "DWConv") if isinstance(rule, Flops) else rule
+    return found or [replace(claim, remark=f"no record of {' and '.join(pair)} on {UNDER[claim.device]}")]
+
+
+def find_device(record: Record, machines: Mapping[str, Machine]) -> str:
+    """Return on what a record was measured, in the paper's words: gpu, cpu or arm."""
+    if not str(record.condition.get("device", "cpu")).startswith("cpu"):
+        return "gpu"
+    machine = machines.get(record.machine)
+    return "arm" if machine and machine.architecture in ARM else "cpu"
+
+
+def _ways(record: Record) -> tuple[Way, Way]:
+    return read_way(record), read_way(record, "baseline_")
+
+
+def _find_speed(records: Sequence[Record], rule: Speed, kind: str, *, best: bool) -> Measured | None:
+    """Return the ratio of times of two networks, both in eager PyTorch or each in its fastest engine."""
+    ratios = [
+        record
+        for record in records
+        if (record.kind, record.suite, record.subject) == ("ratio", "networks", rule.rival)
+        and record.condition.get("baseline") == rule.own
+        and bool(record.condition.get("best_engines")) == best
+        and (best or all(way.engine == "eager" for way in _ways(record)))
+        and read_timing(record)
+    ]
+    if not ratios:
+        return None
+    (record,) = newest(ratios, lambda _: "").values()
+    timing = read_timing(record)
+    assert timing  # filtered above
+    own, other = (ENGINES.get(way.engine, way.engine) for way in _ways(record))
+    how = f"best engines: {rule.rival} in {own}, {rule.own} in {other}" if best else ""
+    interval = Timing(*(1 - 1 / value for value in timing)) if kind == "share" else timing
+    return Measured(interval, record.values.get("verdict") != "not distinguishable", how, (record,))
+
+
+def _find_flops(records: Sequence[Record]) -> Measured | None:
+    """Return the mean FLOPS of PConv over those of DWConv, as Table 1's averages, with the shapes' intervals."""
+    own = [
+        record
+        for record in records
+        if record.suite == "operators"
+        and record.condition.get("passes", "forward") == "forward"
+        and record.condition.get("memory_format", "contiguous") == "contiguous"
+        and all(way.engine == "eager" for way in _ways(record))
+    ]
+    paper = {_shape(row) for row in load_table("table1_operators")}
+    rates = {
+        _shape(record.condition): rate
+        for record in newest(own, lambda r: (r.kind, r.subject, _shape(r.condition))).values()
+        if (record.kind, record.subject) == ("latency", DWCONV) and (rate := number(record, "macs_per_second"))
+    }
+    latencies, ratios = ([r for r in own if r.kind == kind] for kind in ("latency", "ratio"))
+    compared = compare_flops(latencies, sorted(ratios, key=lambda ratio: ratio.created))
+    used = [shape for shape in compared if shape in paper and shape in rates]
+    if not used:
+        return None
+    total = sum(rates[shape] for shape in used)
+    mean = Timing(*(sum(rates[shape] * compared[shape][i] for shape in used) / total for i in range(3)))
+    by_shape = [compared[shape].value for shape in used]
+    how = f"mean FLOPS over {len(used)} of Table 1’s {len(paper)} shapes, as its averages; by shape "
+    how += f"{min(by_shape):.1f} to {max(by_shape):.1f}"
+    return Measured(mean, True, how, tuple(latencies + ratios))
+
+
+def _shape(row: Mapping[str, object]) -> tuple[int, ...]:
+    return tuple(int(str(row.get(name, 0))) for name in ("channels", "height", "width"))
+
+
+def show_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
+    """Make the table of claims; without any record of operators or networks, nothing."""
+    if not any(select(sources, kind, suite) for kind in ("latency", "ratio") for suite in SUITES):
+        return []
+    claims = list_claims(sources, machines)
+
+    def value(claim: Claim, shown: float | None) -> Cell | None:
+        return None if shown is None else Cell(_tell(shown, claim.kind), shown)
+
+    def here(claim: Claim, measured: Measured | None) -> Cell | None:
+        return value(claim, measured.interval.value) if measured else None
+
+    def interval(claim: Claim, measured: Measured | None) -> Cell | None:
+        if measured is None or not measured.records:
+            return None
+        return Cell(f"{_tell(measured.interval.low, claim.kind)} to {_tell(measured.interval.high, claim.kind)}",
+                    measured.interval.low)  # fmt: skip
+
+    def verdict(claim: Claim, measured: Measured | None) -> Cell:
+        told = claim.judge(measured)
+        return Cell(tag("span", told, class_=f"verdict {told.replace(' ', '-')}"), VERDICTS.index(told))
+
+    def wrap(text: str, width: str) -> Cell:
+        return Cell(tag("span", text, style=WRAPPED + width), text)
+
+    def has_engines(claim: Claim) -> bool:
+        return isinstance(RULES[claim.text], Speed)
+
+    eager, best = "In eager PyTorch, as the paper", "In the best library engine of each"
+    columns: list[Column[Claim]] = [
+        Column("Claim", lambda claim: wrap(claim.text, "min(38vw, 15rem)")),
+        Column("on", lambda claim: claim.device),
+        Column("v1", lambda claim: value(claim, claim.v1), "", "Paper"),
+        Column("corrected", lambda claim: value(claim, claim.corrected), "", "Paper"),
+        Column("here", lambda claim: here(claim, claim.eager), "", eager),
+        Column("95 % interval", lambda claim: interval(claim, claim.eager), "", eager),
+        Column("verdict", lambda claim: verdict(claim, claim.eager), None, eager),
+        Column("here", lambda claim: here(claim, claim.best), "", best),
+        Column("95 % interval", lambda claim: interval(claim, claim.best), "", best),
+        Column("verdict", lambda claim: verdict(claim, claim.best) if has_engines(claim) else None, None, best),
+        Column("under", lambda claim: wrap(claim.remark, "16rem")),
+        Column(
+            "machine", lambda claim: wrap(describe_machine(claim.machine, machines), "8rem") if claim.machine else None
+        ),
+    ]
+    texts = [claim.text for claim in claims]
+    breaks = [i for i in range(1, len(texts)) if texts[i].partition(":")[0] != texts[i - 1].partition(":")[0]]
+    used = [record for claim in claims for m in (claim.eager, claim.best) if m for record in m.records]
+    content = table("claims", columns, claims, breaks=breaks)
+    small = provenance(used, machines) if used else None
+    return [figure("claims", "Claims of the paper, and whether they hold here", content, *NOTES, small)]
+
+
+def count_verdicts(claims: Sequence[Claim]) -> dict[Verdict, int]:
+    """Return how many claims hold and how many do not, by what was measured in the paper's way."""
+    found = [claim.judge(claim.eager) for claim in claims]
+    return {verdict: found.count(verdict) for verdict in VERDICTS}
+
+
+NOTES = (
+    "Holds: the interval reaches the paper’s number (the corrected one where there is one) or lies beyond it. Partly: "
+    "the direction is certain, the amount is smaller. Does not hold: the direction is not certain, or it is the "
+    "opposite one. Not run: no record of such a device, or more than records is needed. Claims that are a mere count "
+    "are computed and stand with those of eager PyTorch.",
+    "A speed is the rival’s time over that of FasterNet, time saved is 1 − 1/ratio. v1 was measured with an in-place "
+    "PConv; here FasterNet computes the trained function, and PConv is timed in its exact form.",
+)
+
+
+def _tell(value: float, kind: str) -> str:
+    if kind == "share":
+        return f"{100 * value:.3g} %"
+    return f"{value:.1f}" if kind == "difference" else f"{value:.3g}"
