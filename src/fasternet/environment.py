@@ -46,10 +46,13 @@ def describe_machine() -> Machine:
 
 @functools.cache
 def describe_software() -> dict[str, str]:
-    """Return the versions of Python, fasternet and the libraries that results depend on."""
+    """Return the versions of Python, fasternet and the libraries that results depend on, optional ones if installed."""
     found = {"python": platform.python_version()}
     for name in ("fasternet", "torch", "torchvision", "timm", "numpy"):
         found[name] = importlib.metadata.version(name)
+    for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

@@ -10,9 +10,7 @@ import pytest
 
 from fasternet.records import Record, load_records
 from fasternet.report.operators import (
-    Point1,
     compare_flops,
-    list_figure1_points,
     list_sets,
     show_operators,
     show_table9_operators,
@@ -134,7 +132,6 @@ def test_records_that_name_no_passes_are_forward(example: ModuleType) -> None:
         for r in make_run(example)
     ]
     assert read_rows(show(old), "conv-1") == read_rows(show(make_run(example)), "conv-1")
-    assert len(list_figure1_points(as_sources(old))) == 3
 
 
 @pytest.mark.skipif(not OLD.is_file(), reason="the repository's results are not beside the tests")
@@ -143,14 +140,13 @@ def test_published_records_still_show() -> None:
     assert len(read_rows(page, "pconv-1")) == 4
     assert len(read_rows(page, "table-9-operators-1")) == 4
     assert "roofline-1" not in page  # they tell no intensity
-    assert len(list_figure1_points(as_sources(load_records(OLD)))) == 16
 
 
 def test_roofline_draws_operators_under_the_peaks_of_their_setting(example: ModuleType) -> None:
     peaks = make_peaks(example)
     page = show([*make_run(example), *peaks])
-    assert "Conv (96 × 56 × 56): 12.8, 4<" in page
-    assert "matrix product (matrix product): 42.7, 50<" in page
+    assert "Conv: 12.8, 4 (96 × 56 × 56)<" in page
+    assert "matrix product: 42.7, 50" in page
     assert "copying buffers of 1 MiB at 80 GB/s, 128 MiB at 20 GB/s" in page
     assert 'id="roofline-1"' not in show([*make_run(example, threads=2), *peaks])
     disturbed = [
@@ -164,15 +160,3 @@ def test_roofline_leaves_the_forms_of_pconv_out(example: ModuleType) -> None:
     assert sorted(point.name for point in list_points(measured)) == [
         *("Conv", "DWConv", "DWConv (6 C wide)", "PConv", "PConv + PWConv", "T-shaped conv")
     ]
-
-
-def test_figure1_takes_one_setting_the_one_with_most_operators(example: ModuleType) -> None:
-    batch = [r for r in make_run(example, batch_size=32) if r.subject == CONV]
-    backward = make_run(example, passes="forward+backward")
-    shape = (96, 56, 56)
-    assert list_figure1_points(as_sources([*make_run(example), *batch, *backward])) == [
-        Point1(CONV, shape, 128e6, 4e9),
-        Point1(DWCONV, shape, 1e6, 5e8),
-        Point1(PCONV, shape, 8e6, 2e9),
-    ]
-    assert list_figure1_points([]) == []

@@ -15,7 +15,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     Example: fasternet env
     """
     import dataclasses
-    import importlib.metadata
     import importlib.util
     import itertools
 
@@ -33,10 +32,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     for package, extra in (("sklearn", "quickstart"), ("matplotlib", "report")):
         found = importlib.util.find_spec(package) is not None
         ready[f"extra {extra}"] = "ready" if found else f"{package} is missing: pip install 'fasternet[{extra}]'"
-    packages = [
-        name for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf") if importlib.util.find_spec(name)
-    ]
-    versions = describe_software() | {name: importlib.metadata.version(name) for name in packages}
+    versions = describe_software()
     if as_json:
         print_json({"machine": machine, "versions": versions, "ready": ready})
         return

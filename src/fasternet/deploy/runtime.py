@@ -265,7 +265,9 @@ def _load_module(
 
     start = time.perf_counter()
     run = run_eager if engine == "eager" else _compile(network, example)
-    if not isinstance(output := run(example), Tensor):
+    with torch.inference_mode():
+        output = run(example)
+    if not isinstance(output, Tensor):
         raise ValueError(f"its output is no tensor of logits, but a {type(output).__name__}")
     if example.is_cuda:
         torch.cuda.synchronize()
@@ -280,7 +282,7 @@ def _compile(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     exported = torch.export.export(network, (example,)).module()
     mode = "reduce-overhead" if example.is_cuda else None
     compiled = torch.compile(exported.forward, fullgraph=True, dynamic=False, mode=mode)
-    with config.patch(freezing=True):
+    with config.patch(freezing=True), torch.inference_mode():  # as it will be called: else it is compiled anew
         compiled(example)
     if not example.is_cuda:
         return compiled

@@ -49,15 +49,6 @@ Paper = Mapping[Key, Mapping[str, str]]
 Timings = Mapping[tuple[str, str, Shape], Timing]
 
 
-class Point1(NamedTuple):
-    """An operator in Figure 1: a stack of ten layers."""
-
-    operator: str
-    shape: Shape
-    macs: float
-    macs_per_second: float
-
-
 class Measured(NamedTuple):
     """Operators that were measured under equal conditions, and the paper's beside them.
 
@@ -92,32 +83,6 @@ def show_table9_operators(sources: Sequence[Source], machines: Mapping[str, Mach
     """Make the operator half of Table 9, split_cat against slicing, for each set of conditions."""
     sets = enumerate(list_sets(sources), start=1)
     return [html for index, measured in sets for html in _table9(f"table-9-operators-{index}", measured, machines)]
-
-
-def list_figure1_points(sources: Sequence[Source]) -> list[Point1]:
-    """Return FLOPs and FLOPS of the operators that Figure 1 draws, all of one machine and one setting.
-
-    Returns:
-        Those of the setting with most of the operators, of several the one that was measured last; operators in the
-        order of the figure, of each its largest map first. Empty where none was measured.
-    """
-
-    def list_points(latest: Mapping[Key, Record]) -> list[Point1]:
-        return [
-            Point1(name, shape, macs, rate)
-            for operator in FIGURE1
-            for (name, shape), record in sorted(latest.items(), key=lambda item: -item[0][1][1])
-            if name == operator
-            and (macs := number(record, "macs")) is not None
-            and (rate := number(record, "macs_per_second")) is not None
-        ]
-
-    found = [
-        (points, max(record.created for record in measured.latest.values()))
-        for measured in list_sets(sources)
-        if measured.paper and (points := list_points(measured.latest))
-    ]
-    return max(found, key=lambda item: (len({point.operator for point in item[0]}), item[1]), default=([], ""))[0]
 
 
 def list_sets(sources: Sequence[Source]) -> list[Measured]:

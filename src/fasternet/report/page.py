@@ -24,6 +24,7 @@ from fasternet.report.operators import show_operators, show_table9_operators
 from fasternet.report.provenance import describe_dates, describe_machine, unique
 from fasternet.report.ratios import show_ratios
 from fasternet.report.raw import show_raw
+from fasternet.report.roofline import show_rooflines
 from fasternet.report.slower import show_slower
 from fasternet.report.sources import Source, find_machines, load_sources
 from fasternet.report.speed import show_training_speed
@@ -51,7 +52,7 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
     "Where FasterNet is not the fastest": (show_slower,),
     "Networks": (show_figure2, show_networks, show_figure7, show_figure8, show_sweeps),
     "Variants": (show_variants,),
-    "Operators": (show_figure1, show_operators),
+    "Operators": (show_figure1, show_operators, show_rooflines),
     "Forms of PConv": (show_table9_operators, show_table9_networks),
     "Training speed": (show_training_speed,),
     "Ratios": (show_ratios,),
