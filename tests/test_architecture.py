@@ -33,6 +33,8 @@ def test_public_names_are_these():
         "Predictor",
         "count_costs",
         "create_model",
+        "create_network",
+        "create_runtime",
         "fold_batch_norm",
         "list_impls",
         "list_models",

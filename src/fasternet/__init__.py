@@ -42,7 +42,7 @@ _HOMES = {
     "save_checkpoint": "models",
 }
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "FasterNet",

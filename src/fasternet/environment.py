@@ -22,7 +22,10 @@ import torch
 from fasternet.records import Machine, Record
 
 _CORES = Path("/sys/devices/system/cpu")
-_INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+_INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "sve", "bf16", "i8mm"),  # ARM
+)
 
 
 @functools.cache
@@ -113,7 +116,7 @@ def set_threads(num_threads: int, *, pinned: bool = True) -> Iterator[dict[str, 
 
     Torch gets that many threads, and all threads that this process has are pinned to as many of its cores: those least
     busy just now, one hardware thread of each physical core first. What starts inside (threads, processes) stays
-    there too. All of it is undone at the end.
+    there too. On a GPU fp32 means fp32: TF32 is off, in convolutions and in products. All of it is undone at the end.
 
     Args:
         num_threads: From 1 to the cores at hand.
@@ -134,7 +137,11 @@ def set_threads(num_threads: int, *, pinned: bool = True) -> Iterator[dict[str, 
     describe_machine()  # is remembered, and would count fewer cores below
     load_average = os.getloadavg()[0]
     before = torch.get_num_threads()
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    allow_tf32 = cudnn.allow_tf32
     torch.set_num_threads(num_threads)
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
     try:
         if (actual := torch.get_num_threads()) != num_threads:
             raise RuntimeError(f"torch computes with {actual} threads instead of {num_threads}")
@@ -142,6 +149,8 @@ def set_threads(num_threads: int, *, pinned: bool = True) -> Iterator[dict[str, 
             yield {"torch_threads": actual, "load_average": load_average, **cores_in_use}
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32 = allow_tf32
 
 
 @contextlib.contextmanager

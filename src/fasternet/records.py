@@ -86,14 +86,24 @@ class Record:
 def append_records(path: Path, records: Iterable[Record]) -> None:
     """Append records to a JSONL file, creating it and its folder; a torn last line is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    _cut_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             line = json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, allow_nan=False)
             file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line without its newline, which a killed process left behind."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def load_records(path: Path) -> list[Record]:

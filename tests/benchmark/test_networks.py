@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from fasternet.benchmark.results import find_fault
 from fasternet.models.registry import create_model
 from fasternet.paper import load_table
 from fasternet.records import Record
-from fasternet.rivals import list_rivals
+from fasternet.rivals import create_rival, list_rivals
 from fasternet.timing import Peak
 
 SIZE = 32
@@ -79,6 +80,7 @@ def test_groups_hold_table3_and_todays_networks_once() -> None:
     groups = list_groups()
     *table3, table4, today = groups
     assert [group[0] for group in table3] == list(FASTERNETS)
+    assert today[:3] == ("FasterNet-T0", "FasterNet-T1", "FasterNet-T2")
     assert table4 == ("FasterNet-M", "ResNet101", "ResNeXt101-32x4d", "ResNeXt101-64x4d")
     assert today[0] == "FasterNet-T0"
     rivals = [name for group in groups for name in group if not name.startswith("FasterNet")]
@@ -103,6 +105,7 @@ def test_networks_are_compared_with_the_first_fasternet_and_the_one_of_their_gro
         ("ResNet50", "FasterNet-T0"),
         ("ResNet50", "FasterNet-T2"),
         ("shvit_s1", "FasterNet-T0"),
+        ("shvit_s1", "FasterNet-T2"),
     ]
 
 
@@ -183,6 +186,62 @@ def test_groups_that_are_known_are_left_out() -> None:
     assert said == ["measured already, and left out: 1 of 1 groups"]
     assert _measure("FasterNet-T0", "MobileNetV2", known=records, batch_size=2)
     assert _measure("FasterNet-T0", "MobileNetV2", known=[r for r in records if r.subject != "MobileNetV2"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"versions": {"torch": "1.0"}},
+        {"machine": "another"},
+        {"suite": "sweeps"},
+        {"samples": {"latency_ms": [1.0]}},  # a quick run
+        {"values": {"error": "OOM"}, "samples": {}},
+    ],
+)
+def test_records_that_are_not_the_same_measurement_are_not_known(changes: dict[str, Any]) -> None:
+    records = [dataclasses.replace(record, **changes) for record in _measure("MobileNetV2")]
+    assert _measure("MobileNetV2", known=records)
+
+
+def test_latencies_of_a_group_come_after_its_ratios() -> None:
+    kinds = [r.kind for r in _measure("FasterNet-T0", "MobileNetV2") if r.kind in ("ratio", "latency")]
+    assert kinds == ["ratio", "ratio", "latency", "latency"]
+
+
+def test_rivals_are_compared_with_the_plain_form_too() -> None:
+    records = _measure("FasterNet-T0", "FasterNet-T0:split_cat", "FasterNet-T0:slicing", "MobileNetV2")
+    plain = [r.subject for r in records if r.kind == "ratio" and r.condition["baseline"] == "FasterNet-T0:split_cat"]
+    assert plain == ["FasterNet-T0:slicing", "MobileNetV2"]
+
+
+def test_variant_is_compared_with_the_fasternet_that_it_varies() -> None:
+    names = ("FasterNet-T0", "FasterNet-T2", "FasterNet-T2 GELU", "FasterNet-T0* r=1/8")
+    found = networks.find_opponents(names, "FasterNet-T0")
+    assert found["FasterNet-T2 GELU"] == ["FasterNet-T0", "FasterNet-T2"]
+    assert found["FasterNet-T0* r=1/8"] == ["FasterNet-T0"]
+
+
+def test_group_that_fails_while_it_is_timed_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(networks, "measure_candidates", fail)
+    errors = [r.values["error"] for r in _measure("FasterNet-T0", "MobileNetV2") if r.kind == "latency"]
+    assert errors == ["OOM", "OOM"]
+
+
+def test_layer_scale_counts_in_the_check() -> None:
+    for name in ("ConvNeXt-T", "PoolFormer-S12", "EdgeNeXt-XXS"):
+        network = create_rival(name)
+        small = [
+            key for key, p in network.named_parameters() if p.numel() > 1 and 0 < float(p.detach().abs().max()) < 1e-4
+        ]
+        assert small
+        with torch.no_grad():
+            prepare._randomize_layer_scale(network)
+        state = network.state_dict()
+        assert all(float(state[key].min()) >= 0.5 for key in small)
 
 
 def test_time_left_is_told_after_each_group() -> None:
@@ -268,12 +327,20 @@ def test_rivals_run_at_the_size_that_they_are_made_for() -> None:
         ({"networks": ["ResNet50:slicing"]}, "network 'ResNet50:slicing' is unknown"),
         ({"networks": ["FasterNet-T9"]}, "FasterNet-T9"),
         ({"batch_size": -1}, "batch_size must be at least 1, not -1"),
+        ({"engines": ()}, "engines and precisions must each name at least one"),
+        ({"precisions": ["int8"]}, "engine eager has no int8"),
         ({"device": "cuda:x"}, "device 'cuda:x' is not one of those at hand here"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(iter(measure_networks(**arguments)))
+
+
+def test_form_without_its_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "explain_engine", lambda *_: None)  # whatever is installed
+    with pytest.raises(ValueError, match="FasterNet-T0:slicing is a form of eager PyTorch in fp32"):
+        _measure("FasterNet-T0", "FasterNet-T0:slicing", engines=("openvino",))
 
 
 @pytest.mark.parametrize(

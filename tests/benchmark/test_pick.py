@@ -47,6 +47,7 @@ def test_only_this_machine_and_these_conditions_count():
         make("FasterNet-T0:split_cat"),
         make("FasterNet-T0 LN"),
         make("nobody knows"),
+        make("PVT-Tiny"),  # nothing here reads its published weights
         dataclasses.replace(make(), values={"error": "OOM"}),
     ]
     assert find(*others) == []
@@ -123,7 +124,6 @@ def test_overlap_is_of_intervals():
         (make(), '("fasternet_t0", pretrained=True), torch.zeros(1, 3, 224, 224), engine="eager")'),
         (make(condition={"engine": "openvino", "precision": "bf16"}), '"openvino", precision="bf16", threads=1)'),
         (make("MobileNetV2", condition={"memory_format": "channels_last"}), 'memory_format="channels_last")'),
-        (make("PVT-Tiny"), 'fasternet.create_network("PVT-Tiny", num_classes=1000, checkpoint_path="weights.pth")'),
     ],
 )  # fmt: skip
 def test_python_line_says_how_it_was_measured(record, expected):

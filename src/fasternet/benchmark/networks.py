@@ -1,4 +1,4 @@
-"""Networks against each other: Table 3, Table 5 and Figure 2, every network treated alike in every engine.
+"""Networks against each other: Table 3, Table 5 and Figure 2, in every engine.
 
 ``prepare`` says what is done to a network before it is timed; a group of networks runs interleaved, in all engines.
 """
@@ -18,10 +18,11 @@ from fasternet.benchmark.results import (
     choose_settings,
     create_peak_records,
     create_ratio_records,
+    describe_failure,
     measure_candidates,
 )
 from fasternet.deploy import explain_engine
-from fasternet.environment import set_threads
+from fasternet.environment import create_record, describe_machine, describe_software, set_threads
 from fasternet.ops import list_impls
 from fasternet.paper import load_table
 from fasternet.records import Record
@@ -47,7 +48,7 @@ def list_groups() -> tuple[tuple[str, ...], ...]:
         forms = (own, *(f"{own}:{impl}" for impl in list_impls()))
         groups.append((*forms, *(name for name in _GROUPS if _GROUPS[name] == _GROUPS[own] and name != own)))
     table4 = ("FasterNet-M", *(rival.name for rival in DETECTION))
-    return (*groups, table4, ("FasterNet-T0", *(rival.name for rival in TODAY)))
+    return (*groups, table4, ("FasterNet-T0", "FasterNet-T1", "FasterNet-T2", *(rival.name for rival in TODAY)))
 
 
 def measure_networks(
@@ -80,7 +81,8 @@ def measure_networks(
         quick: Fewer networks, unless they are named, and fewer blocks.
         seed: Of weights, pictures and the order within rounds.
         track: Shows progress.
-        known: Records of an earlier run; groups that they cover under the same conditions are left out.
+        known: Records of an earlier run; groups that they cover under the same conditions, with the same versions and
+            at least as many rounds, are left out. What failed then is tried again.
         say: Takes a line after each group: what was done, and how long the rest may take.
 
     Yields:
@@ -100,7 +102,9 @@ def measure_networks(
     setups = find_setups(engines, precisions, device)
     settings = choose_settings(device, quick=quick, seed=seed, track=track)
     shared = {"batch_size": batch_size, "threads": threads, "device": device}
-    done = {_identify(record.subject, record.condition) for record in known if record.kind == "latency"}
+    if idle := [name for name in itertools.chain(*groups) if not list_setups(name, setups)]:
+        raise ValueError(f"{idle[0]} is a form of eager PyTorch in fp32, which is not among the engines")
+    done = {_identify(r.subject, r.condition) for r in known if _counts(r, settings["num_blocks"])}
     left = [group for group in groups if not _cover(done, group, setups, sizes, shared)]
     if len(left) < len(groups):
         say(f"measured already, and left out: {len(groups) - len(left)} of {len(groups)} groups")
@@ -128,7 +132,10 @@ def find_setups(engines: Sequence[str], precisions: Sequence[str], device: str) 
         ValueError: An engine or a precision is not known, or has no partner here; the message says why.
         ModuleNotFoundError: An engine is not installed.
     """
-    reasons = {(e, p): explain_engine(e, p, device) for e in dict.fromkeys(engines) for p in dict.fromkeys(precisions)}
+    if not engines or not precisions:
+        raise ValueError("engines and precisions must each name at least one")
+    kind = device.partition(":")[0]
+    reasons = {(e, p): explain_engine(e, p, kind) for e in dict.fromkeys(engines) for p in dict.fromkeys(precisions)}
     for wanted in (*engines, *precisions):
         own = [reason for setup, reason in reasons.items() if wanted in setup]
         if own and all(own):
@@ -140,6 +147,15 @@ def find_setups(engines: Sequence[str], precisions: Sequence[str], device: str) 
 def list_setups(name: str, setups: Sequence[Setup]) -> list[Setup]:
     """Return the engines and precisions that a network runs in; a form of a FasterNet is one of eager PyTorch."""
     return [setup for setup in setups if ":" not in name or setup == ("eager", "fp32")]
+
+
+def _counts(record: Record, num_blocks: int) -> bool:
+    """Whether a latency of an earlier run stands for one that would be measured now."""
+    return (
+        (record.suite, record.kind, record.machine) == (SUITE, "latency", describe_machine().id)
+        and dict(record.versions) == describe_software()
+        and len(record.samples.get("latency_ms", ())) >= num_blocks
+    )
 
 
 def _identify(subject: str, condition: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -189,36 +205,58 @@ def _measure_group(
     baseline = next((name for name in subjects if name in FASTERNETS), subjects[0])
     first = next(candidate for candidate in candidates if candidate.subject == baseline)
     opponents = find_opponents(subjects, baseline)
-    measured = yield from measure_candidates(
-        SUITE,
-        candidates,
-        baseline=first.name,
-        pairs=_pair(candidates, opponents),
-        peaks=peaks,
-        moment=moment,
-        settings=settings,
-    )
-    yield from _compare_best(measured, candidates, opponents)
+
+    def run() -> Iterator[Record]:
+        measured = yield from measure_candidates(
+            SUITE,
+            candidates,
+            baseline=first.name,
+            pairs=_pair(candidates, opponents),
+            peaks=peaks,
+            moment=moment,
+            settings=settings,
+        )
+        yield from _compare_best(measured, candidates, opponents)
+
+    try:
+        records = list(run())
+    except Exception as error:  # all of a group are in memory at once
+        fault = describe_failure(error)
+        records = [
+            create_record(SUITE, "latency", c.subject, condition=c.condition, values={"error": fault})
+            for c in candidates
+        ]
+    # Latencies last: a group whose latencies are on record has its ratios there too.
+    yield from sorted(records, key=lambda record: record.kind == "latency")
 
 
 def find_opponents(subjects: Sequence[str], baseline: str) -> dict[str, list[str]]:
-    """Return for each network the FasterNets it is compared with: the group's first, and that of its own in Table 3."""
+    """Return for each network the FasterNets it is compared with.
+
+    These are the group's first and the one of its own group in Table 3; for a network that the table lacks, all.
+    """
     own = {_GROUPS[name]: name for name in subjects if name in FASTERNETS}
     found = {}
     for name in subjects:
-        group = _GROUPS.get(name.partition(":")[0], "")
-        found[name] = [other for other in dict.fromkeys((baseline, own.get(group, baseline))) if other != name]
+        base = name.partition(":")[0].partition(" ")[0].rstrip("*") if name.startswith("FasterNet") else name
+        others = [own.get(_GROUPS[base], baseline)] if base in _GROUPS else own.values()
+        found[name] = [other for other in dict.fromkeys((baseline, *others)) if other != name]
     return found
 
 
 def _pair(candidates: Sequence[Candidate], opponents: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """Pair candidates under equal engine and precision with their opponents, and with themselves in eager fp32."""
+    """Pair candidates under equal engine and precision with their opponents, and with themselves in eager fp32.
+
+    A rival is also paired with its opponents as plain PyTorch runs them, ``split_cat``.
+    """
     names = {
         (c.subject, c.condition["engine"], c.condition["precision"]): c.name for c in candidates
     }  # fmt: skip
     pairs = []
     for (subject, engine, precision), name in names.items():
-        pairs += [(name, names[o, engine, precision]) for o in opponents[subject] if (o, engine, precision) in names]
+        others = [form for other in opponents[subject] for form in (other, f"{other}:split_cat")]
+        wanted = ((other, engine, precision) for other in others if ":" not in other or subject not in FASTERNETS)
+        pairs += [(name, names[key]) for key in wanted if key in names and names[key] != name]
         eager = names.get((subject, "eager", "fp32"), name)
         pairs += [(name, eager)] if eager != name else []
     return pairs

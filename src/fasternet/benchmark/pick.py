@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fasternet.benchmark.prepare import FASTERNETS
+from fasternet.benchmark.prepare import FASTERNETS, find_input_size
 from fasternet.environment import describe_machine
 from fasternet.paper import Accuracy, load_accuracy
 from fasternet.records import Record, load_records
@@ -31,6 +31,7 @@ class Choice:
         latency_ms: Median time of a call.
         low_ms: Lower end of its 95 % interval.
         high_ms: Upper end; this is what has to fit a budget.
+        p90_ms: 90th percentile, or None with few samples.
         top1: Published ImageNet-1k top-1 in percent of the network in fp32, or None.
         source: Where that is published.
         num_params: Its parameters.
@@ -49,6 +50,7 @@ class Choice:
     latency_ms: float
     low_ms: float
     high_ms: float
+    p90_ms: float | None
     top1: float | None
     source: str
     num_params: int | None
@@ -67,7 +69,6 @@ class Choice:
             "speed only, no accuracy in int8 is published": self.precision == "int8",
             "top-1 is that of fp32": self.precision == "bf16",
             "no published top-1": self.top1 is None,
-            "no published weights at hand": _has_no_weights(self.network),
             "unstable": self.unstable,
         }
         return "; ".join(remark for remark, applies in remarks.items() if applies)
@@ -109,7 +110,8 @@ def find_choices(
     """Return the latencies of this machine under a setting, of networks at their own size.
 
     Of several records of a network in an engine and a precision the newest counts, a stable one before others. The
-    forms and variants that only serve to compare FasterNet with itself are left out.
+    forms and variants that only serve to compare FasterNet with itself are left out, and PVT and CycleMLP, whose
+    published weights nothing here reads.
 
     Args:
         records: Of any kind.
@@ -187,8 +189,7 @@ def describe_python(choice: Choice) -> str:
     if choice.network in FASTERNETS:
         network = f"fasternet.create_model({FASTERNETS[choice.network]!r}, pretrained=True)"
     else:
-        weights = "checkpoint_path='weights.pth'" if _has_no_weights(choice.network) else "pretrained=True"
-        network = f"fasternet.create_network({choice.network!r}, num_classes=1000, {weights})"
+        network = f"fasternet.create_network({choice.network!r}, num_classes=1000, pretrained=True)"
     words.append(f"network = fasternet.create_runtime({network}, {example}, {', '.join(arguments)})")
     return "; ".join(words).replace("'", '"')
 
@@ -221,6 +222,7 @@ def _read(record: Record, accuracies: dict[str, Accuracy]) -> Choice | None:
         latency_ms=values["latency_ms"],
         low_ms=low,
         high_ms=high,
+        p90_ms=values.get("latency_ms_p90"),
         top1=accuracy.top1 if accuracy else None,
         source=accuracy.source if accuracy else "",
         num_params=values.get("num_params"),
@@ -233,17 +235,14 @@ def _read(record: Record, accuracies: dict[str, Accuracy]) -> Choice | None:
 
 
 def _find_input_size(network: str) -> int | None:
-    """Return the side of the pictures that a network is made for; None for what is not to be picked."""
+    """Return the side of the pictures that a network is made for; None for what cannot be deployed as published."""
     if network in FASTERNETS:
-        return 224
+        return find_input_size(network)
     try:
-        return find_rival(network).input_size
+        rival = find_rival(network)
     except ValueError:
-        return None
-
-
-def _has_no_weights(network: str) -> bool:
-    return network not in FASTERNETS and find_rival(network).source == "fasternet"
+        return None  # a form or a variant
+    return None if rival.source == "fasternet" else rival.input_size  # ours have no published weights
 
 
 def _keep_first(choices: Sequence[Choice]) -> list[Choice]:

@@ -59,16 +59,16 @@ def check_arguments(*, batch_size: int, device: str, memory_format: str = "conti
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        at_hand = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"device {device!r} is not one of those at hand here: {at_hand}")
+    at_hand = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    at_hand += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device not in at_hand:
+        raise ValueError(f"device {device!r} is not one of those at hand here: {', '.join(at_hand)}")
     if memory_format not in MEMORY_FORMATS:
         raise ValueError(f"memory_format {memory_format!r} is not one of {', '.join(MEMORY_FORMATS)}")
 
 
 def choose_settings(device: str, *, quick: bool, seed: int, track: Track) -> dict[str, Any]:
-    """Return the arguments of ``timing.measure`` that a suite's runs share; on a GPU fp32 means fp32 from here on."""
-    torch.backends.cudnn.allow_tf32 = False  # as in matrix products, which the peak is measured with
+    """Return the arguments of ``timing.measure`` that a suite's runs share."""
     num_blocks, warmup_s = (NUM_QUICK_BLOCKS, 0.1) if quick else (NUM_BLOCKS, 0.3)
     return {"num_blocks": num_blocks, "warmup_s": warmup_s, "seed": seed, "device": device, "track": track}
 

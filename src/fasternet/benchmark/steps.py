@@ -61,7 +61,7 @@ def measure_steps(
 
     Yields:
         The latencies, the A/A control, and the ratios to the first FasterNet and that of the network's group. A network
-        whose loss or gradient is not finite has an ``error``.
+        whose loss is not finite after some steps has an ``error``.
 
     Raises:
         ValueError: An argument is not one of what is allowed.
@@ -96,7 +96,7 @@ def _prepare(name: str, condition: Mapping[str, Any], settings: Mapping[str, Any
     """Return a network's step in its better memory format, after it has learnt a batch.
 
     Raises:
-        ValueError: A loss or a gradient is not finite.
+        ValueError: The loss after some steps is not finite.
     """
     random = torch.Generator().manual_seed(settings["seed"])
     size, batch_size = condition["input_size"], condition["batch_size"]

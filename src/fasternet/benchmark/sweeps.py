@@ -51,7 +51,7 @@ def measure_sweeps(
         networks: As in ``measure_networks``.
         engines: See ``create_runtime``.
         precision: Likewise.
-        device: "cpu" or "cuda"; on "cuda" threads are not swept.
+        device: "cpu" or "cuda", where threads cannot be swept.
         quick: Every second value, and fewer blocks.
         seed: Of weights, pictures and the order within rounds.
         track: Shows progress.
@@ -66,6 +66,8 @@ def measure_sweeps(
     if unknown := [name for name in sweeps if name not in VALUES]:
         raise ValueError(f"sweeps has {unknown[0]!r}, which is not one of {', '.join(VALUES)}")
     check_arguments(batch_size=1, device=device)
+    if device != "cpu" and "threads" in sweeps:
+        raise ValueError(f"sweeps has 'threads', which device {device} does not compute with: name the others")
     sizes = {name: find_input_size(name) for name in networks}
     setups = find_setups(engines, (precision,), device)
     settings = choose_settings(device, quick=quick, seed=seed, track=track)
@@ -96,5 +98,6 @@ def measure_sweeps(
 def _list_values(sweep: str, device: str, *, quick: bool) -> tuple[int, ...]:
     values = VALUES[sweep]
     if sweep == "threads":
-        values = tuple(value for value in values if value <= describe_machine().cores) if device == "cpu" else ()
+        cores = describe_machine().cores
+        values = (*(value for value in values if value < cores), cores)
     return values[::2] if quick and len(values) > 3 else values

@@ -265,7 +265,7 @@ def _find_difference(task: Classification, plain: PlainLoop, batch: tuple[Tensor
     state = convert.to_format(model, "timm") if isinstance(model, FasterNet) else model.state_dict()
     plain.model.load_state_dict(state)
     task = dataclasses.replace(task, recipe=_in_fp32(task.recipe))
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         train = _create_training(task, lambda epoch: iter([batch]), num_steps=1)
         for number in range(1, NUM_COMPARED_STEPS + 1):
             own, other = train(), plain.train_epoch([(task.move(batch[0]), batch[1])])
@@ -311,7 +311,10 @@ def _run_script(
     latency_ms = 1e3 * condition["batch_size"] / speeds[-1]
     values = {"images_per_second": speeds[-1], "latency_ms": latency_ms, "unstable": False}
     remark = "not interleaved: its own process, its start counted"
-    return create_record(SUITE, "latency", subject, condition=condition, values={**values, "remark": remark})
+    samples = {"latency_ms": [latency_ms]}
+    return create_record(
+        SUITE, "latency", subject, condition=condition, values={**values, "remark": remark}, samples=samples
+    )
 
 
 def _fail(subject: str, condition: Mapping[str, Any], error: str) -> Record:

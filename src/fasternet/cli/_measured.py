@@ -19,10 +19,11 @@ def split(names: str | None) -> list[str] | None:
 
 
 def list_fast_engines(device: str) -> list[str]:
-    """Return eager PyTorch and the runtimes that are ready; compiling takes minutes, and has to be asked for."""
+    """Return eager PyTorch and what else is ready; on a CPU compiling has to be asked for, as it takes minutes."""
     from fasternet.deploy import explain_engine
 
-    return ["eager", *(e for e in ("onnxruntime", "openvino") if explain_engine(e, "fp32", device) is None)]
+    engines, kind = (("onnxruntime", "openvino"), "cpu") if device == "cpu" else (("compile",), "cuda")
+    return ["eager", *(engine for engine in engines if explain_engine(engine, "fp32", kind) is None)]
 
 
 def finish(
@@ -31,11 +32,9 @@ def finish(
     out: Path | None,
     as_json: bool,
     paper_ms: Mapping[str, float],
-    known: Sequence[Record] = (),
 ) -> None:
-    """Write the records as they come, then print them after those that were ``known``, then say where they are."""
+    """Write the records as they come, then print them, then say where they are."""
     path, written = save(suite, records, out)
-    written = [*known, *written]
     if as_json:
         print_json([dataclasses.asdict(record) for record in written])
     else:
@@ -59,7 +58,8 @@ def note_end(path: Path, written: Sequence[Record]) -> None:
         note(f"warning: {warning}")
     if num_unstable := sum(record.values.get("unstable", False) for record in written):
         note(f"unstable: {num_unstable}; run again when nothing else runs, records are added and never replaced")
-    note(str(path))
+    if written:
+        note(str(path))
 
 
 def _print_differences(records: Sequence[Record]) -> None:
@@ -95,7 +95,8 @@ def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -
         macs = values["macs"] / 1e9 if "macs" in values else None
         remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
         remark = remark or ("speed only" if values.get("speed_only") else "")
-        rows.append((_describe(record), macs, paper_ms.get(_label(record)), *scaled, remark))
+        paper = paper_ms.get(_label(record)) if record.condition.get("precision", "fp32") == "fp32" else None
+        rows.append((_describe(record), macs, paper, *scaled, remark))
     print_table(columns, rows, title="Time of one call: the paper (version v1) and measured here")
 
 

@@ -66,7 +66,8 @@ def bench_operators(
         quick=quick,
         track=track,
     )
-    paper_ms = read_paper("operators", device, batch_size) if passes == "forward" else {}
+    as_paper = passes == "forward" and threads == 1
+    paper_ms = read_paper("operators", device, batch_size) if as_paper else {}
     finish("operators", records, out, as_json, paper_ms)
 
 
@@ -83,21 +84,23 @@ def bench_networks(
     precisions: Annotated[str, typer.Option(help="fp32, bf16, int8; separated by commas.")] = "fp32",
     quick: Quick = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Leave out the groups that the records file holds already.")
+        bool, typer.Option("--resume", help="Leave out the groups that this machine's records hold already.")
     ] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure FasterNet and its rivals, all treated alike, in plain PyTorch and in the engines that are installed.
+    """Measure FasterNet and its rivals, BN folded in all, in plain PyTorch and in the engines that are installed.
 
     Example: fasternet bench networks --networks "FasterNet-T0,MobileNetV2,MobileViT-XXS" --engines eager,openvino
     """
+    shorten_spinning()
     from fasternet.benchmark.networks import measure_networks
     from fasternet.benchmark.results import find_results_file
     from fasternet.records import load_records
 
     path = out or find_results_file("networks")
-    known = load_records(path) if resume and path.is_file() else []
+    earlier = [path] if out else sorted(path.parent.glob("*-networks.jsonl"))
+    known = [record for file in earlier if resume and file.is_file() for record in load_records(file)]
     records = measure_networks(
         split(networks),
         engines=split(engines) or list_fast_engines(device),
@@ -111,7 +114,8 @@ def bench_networks(
         known=known,
         say=note,
     )
-    finish("networks", records, path, as_json, read_paper("networks", device, batch_size), known)
+    as_paper = threads == 1 and input_size is None
+    finish("networks", records, path, as_json, read_paper("networks", device, batch_size) if as_paper else {})
 
 
 @bench.command("sweeps")
@@ -131,6 +135,7 @@ def bench_sweeps(
 
     Example: fasternet bench sweeps --sweeps input_size --networks "FasterNet-T0,MobileNetV2" --quick
     """
+    shorten_spinning()
     from fasternet.benchmark.sweeps import NETWORKS, measure_sweeps
 
     records = measure_sweeps(

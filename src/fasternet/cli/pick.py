@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, track
+from fasternet.cli._common import note, print_json, print_table, shorten_spinning, track
 
 if TYPE_CHECKING:
     from fasternet.benchmark.pick import Choice
@@ -40,12 +40,13 @@ def pick(
     check: Annotated[bool, typer.Option("--check", help="Measure the first row afresh: is the promise kept?")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Rank the networks that fit a latency budget on this machine, the most accurate first.
+    """Rank the networks whose typical call fits a latency budget on this machine, the most accurate first.
 
     Reads this machine's records; where there are none under these conditions, it measures. Accuracies are quoted.
 
     Example: fasternet pick --budget-ms 20 --min-top1 75
     """
+    shorten_spinning()
     from fasternet.benchmark.pick import filter_accurate, find_nearest, load_choices, rank
     from fasternet.benchmark.results import check_arguments
 
@@ -96,13 +97,10 @@ def _measure(setting: dict[str, Any], engine: str | None, precision: str | None,
     from fasternet.benchmark.networks import measure_networks
     from fasternet.benchmark.pick import find_choices
     from fasternet.cli._measured import list_fast_engines, note_end, save
-    from fasternet.deploy import explain_engine
 
     precision_ = precision or "fp32"
     device = setting["device"]
-    engines = (
-        [engine] if engine else [e for e in list_fast_engines(device) if not explain_engine(e, precision_, device)]
-    )
+    engines = [engine] if engine else list_fast_engines(device)
     note(
         f"measuring under {_describe(setting)}, {precision_}, in {', '.join(engines)}"
         + ("" if quick else ": up to an hour; --quick gives a first answer")
@@ -150,7 +148,8 @@ def _answer(
     else:
         title = f"Within {budget_ms:g} ms on this machine, {_describe(setting)}: {len(fitting)}, most accurate first"
         columns = ("", "network", "engine", "precision", "ms", "95 % interval", "top-1 %", "published in", "params M")
-        print_table((*columns, "remark"), [(n, *_cells(c)) for n, c in enumerate(shown, start=1)], title=title)
+        rows = [(n, *_cells(c)) for n, c in enumerate(shown, start=1)]
+        print_table((*columns, "p90 ms", "remark"), rows, title=title)
         if len(shown) > 1:
             print(_compare(*shown[:2]))
         print("Published top-1 is quoted, not measured; the library's own weights may differ from the paper's.\n")
@@ -198,7 +197,7 @@ def _cells(choice: Choice) -> tuple[object, ...]:
     params = None if choice.num_params is None else choice.num_params / 1e6
     interval = f"{choice.low_ms:.2f} to {choice.high_ms:.2f}"
     names = (choice.network, choice.engine, choice.precision, choice.latency_ms, interval, top1, choice.source)
-    return (*names, params, choice.remark)
+    return (*names, params, choice.p90_ms, choice.remark)
 
 
 def _show_interval(choice: Choice) -> str:

@@ -32,7 +32,7 @@ OUTPUT = Path("outputs/reproduce")
 # What is measured: the item, its suites, and what its help says.
 MEASURED = {
     "table1": (("operators",), "Measure the operators of Table 1, ten stacked layers on four shapes."),
-    "table3": (("networks",), "Measure the networks of Table 3 in every engine that is ready."),
+    "table3": (("networks",), "Measure the networks of Table 3 in eager PyTorch and the runtimes that are ready."),
     "table5": (("ablation",), "Measure the variants of Table 5 that FasterNet was chosen from."),
     "table9": (("forms", "deploy"), "Measure the forms of PConv of Table 9, alone and in FasterNet."),
     "fig1": (("operators",), "Draw Figure 1: the speed of operators over their multiply-adds."),

@@ -210,9 +210,9 @@ def _explain_bf16(engine: str, device: str) -> str | None:
     if device == "cuda":
         return None if torch.cuda.is_bf16_supported(including_emulation=False) else "the GPU has no bf16 arithmetic"
     machine = describe_machine()
-    if {"avx512_bf16", "amx_bf16"} & set(machine.instruction_sets):
+    if {"avx512_bf16", "amx_bf16", "bf16"} & set(machine.instruction_sets):
         return None
-    return f"precision bf16 needs a processor with avx512_bf16 or amx_bf16: {machine.processor} has neither"
+    return f"precision bf16 needs a processor with avx512_bf16, amx_bf16 or, on ARM, bf16: {machine.processor} has none"
 
 
 def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:

@@ -147,8 +147,8 @@ class Predictor:
 
     @torch.inference_mode()
     def classify(self, images: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
-        """Return the (label, probability) of the best classes of each transformed picture of a batch (N, 3, S, S)."""
-        logits = self.logits_fn(images).float()  # (N, K)
+        """Return the (label, probability) of the best classes of each transformed picture, (N, 3, S, S)."""
+        logits = torch.cat([self.logits_fn(batch).float() for batch in torch.split(images, self.batch_size)])  # (N, K)
         if not logits.isfinite().all():
             raise ValueError("the network's outputs are not finite: its weights are damaged or did not converge")
         best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]))
