@@ -1,5 +1,6 @@
 """Records as the other parts of the package write them, with made-up numbers."""
 
+import dataclasses
 import io
 import math
 import sys
@@ -84,7 +85,7 @@ def make_engines(device: str = "cpu") -> list[Record]:
     engines, records = ("eager", "compile", "openvino"), []
     for name, latencies in times.items():
         for engine, latency in zip(engines, latencies, strict=True):
-            own = condition | {"engine": engine}
+            own = condition | {"engine": engine, "input_size": 256 if name.startswith("Mobile") else 224}
             macs, load = 1e9 * (0.41 if name.startswith("Mobile") else 0.34), {"load_s": 0.4, "file_bytes": None}
             records.append(make_latency("networks", name, latency, own, macs=macs, num_params=3e6, **load))
             pairs = [
@@ -94,6 +95,7 @@ def make_engines(device: str = "cpu") -> list[Record]:
             for baseline, baseline_engine, other in pairs:
                 pair = own | {"baseline_engine": baseline_engine, "baseline_precision": "fp32"}
                 records.append(make_ratio("networks", name, baseline, latency / other, pair))
+    condition |= {"input_size": 256}
     best = condition | {"engine": "openvino", "baseline_engine": "openvino", "baseline_precision": "fp32"}
     return [*records, make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 2.4, best | {"best_engines": True})]
 
@@ -184,6 +186,19 @@ def make_learning(
 def make_faults() -> list[Record]:
     values = {"injected": 24, "recovered": 24, "bitwise_equal": 23, "remark": "at random moments"}
     return [make("faults", "fault", "SIGKILL", values=values)]
+
+
+def make_steps() -> list[Record]:
+    """Training steps of two networks, with the ratio to FasterNet and the A/A control, which warns."""
+    condition = CPU | {"batch_size": 32, "memory_format": "channels_last"}
+    times = {"MobileViT-XXS": (900.0, 256), "FasterNet-T0": (300.0, 224)}
+    records = []
+    for name, (latency, size) in times.items():
+        own = condition | {"input_size": size}
+        records.append(make_latency("steps", name, latency, own, macs=1e9))
+        records.append(make_ratio("steps", name, "FasterNet-T0", latency / 300, own))
+    records[-1] = dataclasses.replace(records[-1], values=records[-1].values | {"warnings": ["other load: 1.2"]})
+    return records
 
 
 def make_training_speed() -> list[Record]:

@@ -132,6 +132,29 @@ def test_flops_are_the_mean_over_the_shapes_as_in_table1(example: ModuleType) ->
     assert find(backward, FLOPS, "cpu").eager is None
 
 
+def test_plain_form_is_told_beside_the_deployed_one(example: ModuleType) -> None:
+    own, plain = (
+        example.make_ratio("networks", "MobileViT-XXS", f"FasterNet-T0{form}", ratio, example.CPU)
+        for form, ratio in (("", 2.0), (":split_cat", 1.5))
+    )
+    claim = find([own, plain], SPEED, "cpu")
+    assert claim.eager is not None
+    assert claim.eager.interval.value == 2.0
+    assert claim.remark.endswith("; plain form (split_cat): 1.5 (1.47 to 1.54)")
+    assert "plain form" not in find([own], SPEED, "cpu").remark
+
+
+def test_other_input_size_and_quick_runs_do_not_count(example: ModuleType) -> None:
+    full = example.make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 2.0, example.CPU | {"input_size": 256})
+    quick = example.make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 9.0, example.CPU | {"input_size": 256})
+    quick = dataclasses.replace(quick, values=quick.values | {"num_blocks": 32}, created="2026-02-02")
+    small = example.make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 8.0, example.CPU | {"input_size": 224})
+    claim = find([full, quick, dataclasses.replace(small, created="2026-02-02")], SPEED, "cpu")
+    assert claim.eager is not None
+    assert claim.eager.interval.value == 2.0
+    assert find([small], SPEED, "cpu").eager is None
+
+
 def test_claims_are_shown_only_where_speeds_are(example: ModuleType) -> None:
     assert show_claims(read(*example.make_run()), {}) == []
     (html,) = show_claims(read(*example.make_engines()), {})
@@ -171,6 +194,18 @@ def test_networks_are_compared_through_a_third_one(lose: Callable[..., Record]) 
     assert (pairs["FasterNet-T0"].via, pairs["FasterNet-T1"].via) == (None, "FasterNet-T0")
     assert pairs["FasterNet-T1"].timing == pytest.approx([0.45, 0.45 * 0.98 / 1.03, 0.45 * 1.03 / 0.98])
     assert pairs["FasterNet-T1"].verdict == "faster"
+
+
+def test_chain_holds_only_through_one_deployment_of_the_third_network(lose: Callable[..., Record]) -> None:
+    best = {"engine": "openvino", "best_engines": True}
+    above = lose("shvit_s3", "FasterNet-T0", 0.9, baseline_engine="openvino", **best)
+    for engine, names in (("openvino", ["FasterNet-T0", "FasterNet-T1"]), ("onnxruntime", ["FasterNet-T0"])):
+        below = lose("FasterNet-T1", "FasterNet-T0", 2.0, baseline_engine=engine, **best)
+        assert [pair.own for pair in compare_at_equal_accuracy([above, below])] == names
+
+
+def test_other_input_size_has_no_published_accuracy(lose: Callable[..., Record]) -> None:
+    assert show_slower(read(lose("mobilenetv4_conv_small", "FasterNet-T0", 0.7, input_size=128)), {}) == []
 
 
 def test_nothing_faster_is_said_with_the_number_of_comparisons(lose: Callable[..., Record]) -> None:

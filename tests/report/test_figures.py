@@ -15,8 +15,10 @@ import pytest
 
 from fasternet.paper import load_accuracy, load_table
 from fasternet.records import Machine, Record
+from fasternet.report import figures
 from fasternet.report.architecture import show_figure4
 from fasternet.report.figures import show_figure1, show_figure2, show_figure7, show_figure8
+from fasternet.report.points import Point
 from fasternet.report.sources import Source
 
 WAYS = {("eager", "fp32"): 1.0, ("openvino", "fp32"): 0.6, ("onnxruntime", "fp32"): 0.7, ("openvino", "int8"): 0.3}
@@ -79,7 +81,7 @@ def as_sources(records: Sequence[Record]) -> list[Source]:
 def read_tips(drawing: str) -> Mapping[str, list[str]]:
     """Return how points of the wide drawings name themselves, by what filters know them by."""
     tips: dict[str, list[str]] = {}
-    pattern = r'<g class="point" tabindex="0" data-engine="([^"]*)"><title>(.*?)</title>'
+    pattern = r'<g class="point" data-engine="([^"]*)"><title>(.*?)</title>'
     for wide in re.findall(r'<div class="wide">.*?</div>', drawing, re.DOTALL):
         for engine, tip in re.findall(pattern, wide):
             tips.setdefault(engine, []).append(tip)
@@ -106,7 +108,7 @@ def test_figure2_shows_every_engine_and_marks_it_for_the_filter(example: ModuleT
     tips = read_tips(drawing)
     assert {engine: len(found) for engine, found in tips.items()} == {
         "paper": 70, "eager fp32": 6, "OpenVINO fp32": 6, "ONNX Runtime fp32": 6,
-        "OpenVINO int8": 6,
+        "OpenVINO int8, speed only": 6,
     }  # fmt: skip
     legend = re.findall(r'<li class="(?:engine|paper)" data-engine="([^"]*)"', drawing)
     assert set(legend) == set(tips)
@@ -123,7 +125,7 @@ def test_figure8_shows_published_accuracy_over_what_was_measured(example: Module
     tips = read_tips(drawing)
     latency = next(r.values["latency_ms"] for r in records if r.kind == "latency" and r.subject == "shvit_s1")
     assert f"shvit_s1: {latency:.3g}, 72.8 (eager fp32)" in tips["eager fp32"]
-    assert "OpenVINO int8" not in tips  # its accuracy is another
+    assert "OpenVINO int8, speed only" not in tips  # its accuracy is another
     assert len(tips["eager fp32"]) == 4  # Swin-B is out of memory
     assert "FasterNet-L: 345, 83.5 (paper)" in tips["paper"]
     assert "FasterNet-L: 210, 83.5 (paper)" in tips["paper"]
@@ -142,6 +144,33 @@ def test_figure7_leaves_out_what_is_much_slower(example: ModuleType) -> None:
     assert len(read_tips(near)["eager fp32"]) == sum(latency <= limit for latency in latencies) < len(latencies)
     assert "at most 2 times as long as FasterNet-S" in near
     assert "FasterNet-L: 345" not in near
+    assert "panel and engine. " not in near
+    assert "panel and engine.<" in near
+    (without,) = show_figure7(as_sources(make_engines(example, names=("FasterNet-T0", "ResNet50"))), {})
+    assert "all of eager fp32 (CPU latency), OpenVINO fp32 (CPU latency)" in without
+
+
+def test_panels_share_the_markers_of_their_legend(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = []
+
+    def draw(points: Sequence[Point], *, markers: dict[str, str], **_: object) -> str:
+        shared.append((markers, {point.engine for point in points if point.measured}))
+        return ""
+
+    monkeypatch.setattr(figures, "draw_networks", draw)
+    cpu = [r for r in make_engines(example, names=("ResNet50",)) if r.condition["engine"] == "openvino"]
+    gpu = make_engines(example, names=("ResNet50",), device="cuda", batch_size=32)
+    show_figure8(as_sources([*cpu, *[r for r in gpu if r.condition["engine"] == "eager"]]), {})
+    assert [engines for _, engines in shared] == [{"eager fp32"}, {"OpenVINO fp32"}, set()]
+    assert all(markers == {"eager fp32": "o", "OpenVINO fp32": "s"} for markers, _ in shared)
+
+
+def test_other_input_sizes_stay_out_of_published_accuracy(example: ModuleType) -> None:
+    records = make_engines(example, names=("FasterNet-T0", "ResNet50"))
+    small = make_engines(example, names=("MobileNetV2",), input_size=128)
+    (drawing,) = show_figure8(as_sources([*records, *small]), {})
+    assert not any(tip.startswith("MobileNetV2") for tip in read_tips(drawing)["eager fp32"])
+    assert show_figure8(as_sources(small), {}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Table 3 with a group of columns for each engine, the table of engines, and Table 5."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from html import unescape
@@ -11,16 +12,21 @@ import pytest
 
 from fasternet.records import Record, load_records
 from fasternet.report.networks import show_networks
-from fasternet.report.settings import Way, list_settings, read_way
+from fasternet.report.settings import Way, is_published, list_settings, read_way
 from fasternet.report.sources import Source
 from fasternet.report.table5 import show_table5
 
-OLD = Path(__file__).parents[2] / "results" / "amd-epyc-2c" / "2026-11-21-networks.jsonl"
+RESULTS = Path(__file__).parents[2] / "results" / "amd-epyc-2c" / "2026-11-21-networks.jsonl"
 OPENVINO = {"engine": "openvino"}
 
 
 def as_sources(records: Sequence[Record]) -> list[Source]:
     return [Source(Path("records.jsonl"), tuple(records))]
+
+
+def load_old() -> list[Record]:
+    """Return the published records of a commit in which there were no engines."""
+    return [record for record in load_records(RESULTS) if record.commit == "e6c7babaf431"]
 
 
 def read_rows(content: str) -> dict[str, list[str]]:
@@ -96,20 +102,56 @@ def test_int8_is_marked_speed_only(example: ModuleType) -> None:
 
 
 def test_todays_networks_follow_with_their_published_accuracy(example: ModuleType, engines: list[Record]) -> None:
-    own = example.make_latency("networks", "shvit_s1", 4.0, example.CPU | {"input_size": 224}, macs=2e8)
-    table3, _ = show_networks(as_sources([own, *engines]), {})
+    here = example.CPU | {"input_size": 224}
+    own = example.make_latency("networks", "shvit_s1", 4.0, here, macs=2e8)
+    ratios = [
+        example.make_ratio("networks", "shvit_s1", other, 0.5, here)
+        for other in ("FasterNet-T0:split_cat", "FasterNet-T0")
+    ]
+    table3, _ = show_networks(as_sources([own, *ratios, *engines]), {})
     rows = read_rows(table3)
+    assert "FasterNet-T0" in rows["shvit_s1"]  # the deployed form is what times are relative to
     assert list(rows)[-1] == "shvit_s1"
     assert "72.8" in rows["shvit_s1"]
     assert "SHViT, CVPR 2024 (shvit_s1)" in table3
 
 
 def test_records_from_before_there_were_engines_still_show() -> None:
-    (table3,) = show_networks(as_sources(load_records(OLD)), {})
+    (table3,) = show_networks(as_sources(load_old()), {})
     row = read_rows(table3)["ResNet50"]
     assert read_headings(table3)[-1] == "eager fp32"
     assert row[9] == "FasterNet-T2"
     assert all(cell != "–" for cell in row[10:])
+
+
+def test_other_input_size_stands_beside_neither_the_papers_numbers_nor_published_accuracy(example: ModuleType) -> None:
+    small = example.make_latency("networks", "MobileNetV2", 3.0, example.CPU | {"input_size": 128}, macs=1e8)
+    (table3,) = show_networks(as_sources([small]), {})
+    own, paper = re.findall(r'<th scope="row">MobileNetV2</th>(.*?)</tr>', table3)
+    assert (">128<" in own, "72.0" in own, "13.20" in own) == (True, False, False)
+    assert (">128<" in paper, "72.0" in paper, "13.20" in paper) == (False, True, True)
+    assert is_published("EdgeNeXt-S", 256)
+    assert not is_published("EdgeNeXt-S", 224)
+    assert is_published("fastvit_t8", 256)
+    variant = example.make_latency("networks", "FasterNet-T0 LN", 3.0, example.CPU | {"input_size": 128}, macs=1e8)
+    assert show_table5(as_sources([variant]), {}) == []
+
+
+def test_quick_or_smaller_run_replaces_no_full_one(example: ModuleType) -> None:
+    here = example.CPU | {"input_size": 224}
+    best = here | {"best_engines": True, "engine": "openvino", "baseline_engine": "eager"}
+    latency = example.make_latency("networks", "MobileNetV2", 12.0, here, macs=3e8)
+    full = [
+        example.make_ratio("networks", "MobileNetV2", "FasterNet-T0", 1.5, here),
+        example.make_ratio("networks", "MobileNetV2", "FasterNet-T0", 1.2, best),
+    ]
+    quick = example.make_ratio("networks", "MobileNetV2", "FasterNet-T0", 9.0, here)
+    quick = dataclasses.replace(quick, values=quick.values | {"num_blocks": 32}, created="2026-02-02", command="quick")
+    other = example.make_ratio("networks", "MobileNetV2", "FasterNet-T0", 8.0, best | {"engine": "eager"})
+    other = dataclasses.replace(other, created="2026-02-02", command="eager only")
+    (found,) = list_settings(as_sources([latency, *full, quick, other]), {})
+    assert [timing.value for timing in found.timings.values()] == [1.5]
+    assert [timing.value for _, timing in found.best.values()] == [1.2]
 
 
 def test_setting_is_one_machine_device_threads_and_batch(example: ModuleType, engines: list[Record]) -> None:
@@ -139,7 +181,7 @@ def test_table5_sets_variants_against_the_papers_choice(example: ModuleType) -> 
     rows = read_rows(content)
     assert read_headings(content)[-1] == "eager fp32"  # nothing but the default ran in the other engine
     assert rows["T0 LN"][2:] == ["71.9", "10.30", "1.26", "FasterNet-T0", "12.00", "1.50", "1.47–1.54"]
-    assert rows["T2 GELU"][5:] == ["FasterNet-T2", "33.00", "1.10", "–"]
+    assert rows["T2 GELU"][5:] == ["FasterNet-T2", "33.00", "–", "–"]  # no ratio was measured
     assert rows["T0 BN"][6:] == ["8.00", "1.00", "–"]
     assert rows["T0* ReLU"][1] == "not built: unpublished"
     assert rows["T0* r=1/2"][1] == "stand-in"
@@ -148,4 +190,4 @@ def test_table5_sets_variants_against_the_papers_choice(example: ModuleType) -> 
 def test_variants_stand_in_table5_alone(example: ModuleType) -> None:
     table3, content = show_networks(as_sources(make_variants(example)), {})
     assert "FasterNet-T0 LN" not in {**read_rows(table3), **read_rows(content)}
-    assert show_table5(as_sources(load_records(OLD)), {}) == []
+    assert show_table5(as_sources(load_old()), {}) == []

@@ -1,5 +1,6 @@
 """What is told of operators: rows beside the paper's, ratios the right way round, forward and backward apart."""
 
+import dataclasses
 import re
 from html import unescape
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from fasternet.records import Record, load_records
+from fasternet.report.figures import show_figure1
 from fasternet.report.operators import (
     compare_flops,
     list_sets,
@@ -20,7 +22,7 @@ from fasternet.report.sources import Source
 
 SHAPE = {"channels": 96, "height": 56, "width": 56}
 PCONV, DWCONV, CONV = "pconv3x3_r1/4", "dwconv3x3", "conv3x3"
-OLD = Path(__file__).parents[2] / "results" / "amd-epyc-2c" / "2026-11-21-operators.jsonl"
+RESULTS = Path(__file__).parents[2] / "results" / "amd-epyc-2c" / "2026-11-21-operators.jsonl"
 
 
 def read_rows(page: str, key: str) -> dict[tuple[str, ...], list[str]]:
@@ -45,7 +47,8 @@ def make_run(example: ModuleType, **changes: Any) -> list[Record]:
     """One shape: name, latency and multiply-adds of each operator, and ratios to PConv and of the claimed pairs."""
     condition = example.CPU | SHAPE | {"memory_format": "contiguous", "passes": "forward"} | changes
     times = {
-        PCONV: (4.0, 8e6), f"{PCONV}:slicing": (5.0, 8e6), f"{PCONV}:in_place": (3.2, 8e6), CONV: (32.0, 128e6),
+        PCONV: (4.0, 8e6), f"{PCONV}:split_cat": (4.4, 8e6), f"{PCONV}:slicing": (5.0, 8e6),
+        f"{PCONV}:in_place": (3.2, 8e6), CONV: (32.0, 128e6),
         DWCONV: (2.0, 1e6), f"{DWCONV}_6x": (12.0, 6e6), f"{PCONV}+pwconv": (8.0, 22e6), "tconv3x3_r1/4": (16.0, 43e6),
     }  # fmt: skip
     records = []
@@ -126,6 +129,29 @@ def test_forward_and_backward_stand_apart_and_backward_without_the_paper(example
     assert compare_flops(backward, backward) == {}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "paper"),
+    [
+        ("x86_64", {}, "35.67"),
+        ("aarch64", {}, "779.57"),
+        ("aarch64", {"threads": 2}, None),
+        ("x86_64", {"batch_size": 32}, None),
+        ("x86_64", {"device": "cuda", "batch_size": 32}, "3,010"),
+        ("x86_64", {"device": "cuda", "batch_size": 256}, None),
+    ],
+)
+def test_papers_speeds_stand_beside_the_papers_conditions_alone(
+    example: ModuleType, architecture: str, changes: dict[str, Any], paper: str | None
+) -> None:
+    machines = {example.MACHINE.id: dataclasses.replace(example.MACHINE, architecture=architecture)}
+    sources = as_sources(make_run(example, **changes))
+    (table1, *_), (figure1,) = show_operators(sources, machines), show_figure1(sources, machines)
+    row = read_rows(table1, "table-1-1")["Conv 3×3", "96", "56 × 56"]
+    assert row[:2] == ["2,601", "128"]
+    assert (row[2] == paper) is (paper is not None)
+    assert ("paper v1" in table1) is ('data-engine="paper"' in figure1) is (paper is not None)
+
+
 def test_records_that_name_no_passes_are_forward(example: ModuleType) -> None:
     old = [
         Record(**{**vars(r), "condition": {k: v for k, v in r.condition.items() if k != "passes"}})
@@ -134,9 +160,9 @@ def test_records_that_name_no_passes_are_forward(example: ModuleType) -> None:
     assert read_rows(show(old), "conv-1") == read_rows(show(make_run(example)), "conv-1")
 
 
-@pytest.mark.skipif(not OLD.is_file(), reason="the repository's results are not beside the tests")
+@pytest.mark.skipif(not RESULTS.is_file(), reason="the repository's results are not beside the tests")
 def test_published_records_still_show() -> None:
-    page = show(load_records(OLD))
+    page = show([record for record in load_records(RESULTS) if record.commit == "c58c21eac38a"])
     assert len(read_rows(page, "pconv-1")) == 4
     assert len(read_rows(page, "table-9-operators-1")) == 4
     assert "roofline-1" not in page  # they tell no intensity
@@ -156,7 +182,7 @@ def test_roofline_draws_operators_under_the_peaks_of_their_setting(example: Modu
 
 
 def test_roofline_leaves_the_forms_of_pconv_out(example: ModuleType) -> None:
-    (measured,) = list_sets(as_sources(make_run(example)))
+    (measured,) = list_sets(as_sources(make_run(example)), {})
     assert sorted(point.name for point in list_points(measured)) == [
         *("Conv", "DWConv", "DWConv (6 C wide)", "PConv", "PConv + PWConv", "T-shaped conv")
     ]

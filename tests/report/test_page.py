@@ -67,7 +67,8 @@ def everything(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("everything")
     networks = [*example.make_networks(), *example.make_networks(32)]
     speeds = [*networks, *example.make_operators(), *example.make_optimize(), *example.make_training_speed()]
-    append_records(folder / "speeds.jsonl", [*speeds, *example.make_forms(), *example.make_faults()])
+    speeds += [*example.make_steps(), *example.make_forms(), *example.make_faults()]
+    append_records(folder / "speeds.jsonl", speeds)
     run = example.write_run(folder / "run")
     return Page(create_report([folder / "speeds.jsonl", run], folder / "report.html"))
 
@@ -159,6 +160,7 @@ def test_every_figure_tells_machine_versions_date_and_command(everything: Page) 
         ("make_run", ["Summary", "Training"]),
         ("make_faults", ["Faults"]),
         ("make_training_speed", ["Summary", "Training speed", "Ratios"]),
+        ("make_steps", ["Training speed", "Ratios"]),
     ],
 )
 def test_sections_exist_only_where_records_do(
@@ -192,6 +194,7 @@ def test_bad_sources_are_one_sentence(example: ModuleType, write: Write, tmp_pat
     (tmp_path / "picture.png").write_bytes(example.make_picture())
     (tmp_path / "text.jsonl").write_text("hello\n", encoding="utf-8")
     mistyped = write([example.make("networks", "latency", "x", values=3)])
+    sampled = write([example.make("networks", "latency", "x", samples={"latency_ms": ["fast"]})])
     cases: list[tuple[list[Path], type[Exception], str]] = [
         ([], ValueError, "sources is empty"),
         ([tmp_path / "absent.jsonl"], FileNotFoundError, "no record file or run folder at .*absent.jsonl"),
@@ -200,6 +203,7 @@ def test_bad_sources_are_one_sentence(example: ModuleType, write: Write, tmp_pat
         ([tmp_path / "picture.png"], ValueError, "picture.png holds no records"),
         ([tmp_path / "text.jsonl"], ValueError, "text.jsonl line 1 is not a record"),
         ([mistyped], ValueError, "line 1 is not a record: a field has another type"),
+        ([sampled], ValueError, "line 1 is not a record: a field has another type"),
     ]
     for sources, error, message in cases:
         with pytest.raises(error, match=message) as caught:

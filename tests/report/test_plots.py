@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 from fasternet.report.labels import MARKER, Box, place_labels
-from fasternet.report.plots import Point, Series, assign_markers, draw_curve, draw_networks
+from fasternet.report.plots import Series, draw_curve, draw_networks
+from fasternet.report.points import MARKERS, Point, assign_markers, list_legend
 
 FRAME = Box(0, 0, 480, 330)
 
@@ -89,7 +90,7 @@ def test_fasternet_is_connected_in_order_of_flops() -> None:
         assert xs == sorted(xs)
 
 
-def test_every_point_takes_the_focus_and_names_itself_within_the_drawing() -> None:
+def test_every_point_names_itself_within_the_drawing_and_takes_no_focus() -> None:
     far = Point("a network with a rather long name", 100, 2, engine="OpenVINO fp32")
     drawing = draw([Point("near", 1, 1, engine="eager fp32"), far])
     tips = re.findall(r'<text class="tip" y="([\d.]+)" text-anchor="middle">(.*?)</text>', drawing)
@@ -99,7 +100,8 @@ def test_every_point_takes_the_focus_and_names_itself_within_the_drawing() -> No
     for tip, (y, _), width in zip(lines, tips, (540, 540, 343, 343), strict=True):
         assert all(3 * len(text) < float(x) < width - 3 * len(text) for x, text in tip)
         assert float(y) > 0
-    assert drawing.count('<g class="point" tabindex="0" data-engine="OpenVINO fp32"><title>') == 2
+    assert drawing.count('<g class="point" data-engine="OpenVINO fp32"><title>') == 2
+    assert "tabindex" not in drawing
 
 
 def test_only_the_first_engines_points_have_names_beside_them() -> None:
@@ -109,9 +111,21 @@ def test_only_the_first_engines_points_have_names_beside_them() -> None:
 
 
 def test_engines_differ_in_their_markers() -> None:
-    markers = assign_markers(["eager", "openvino", "eager", "onnxruntime"])
-    assert list(markers) == ["eager", "openvino", "onnxruntime"]
-    assert len(set(markers.values())) == 3
+    points = [Point("x", 1, 1 + place, engine=f"engine {place % 12}") for place in range(24)]
+    markers = assign_markers([*points, Point("x", 1, 1, measured=False, engine="none")])
+    assert list(markers) == [f"engine {place}" for place in range(12)]
+    assert len(set(markers.values())) == 12
+    legend = list_legend(points)
+    assert all(legend.count(f'd="{MARKERS[marker]}"') == 1 for marker in markers.values())
+    assert draw(points).count("<svg") == 2
+
+
+def test_marker_is_that_of_the_legend_that_drawings_share() -> None:
+    points = [Point("x", 1, 1, engine="openvino")]
+    circle, square = (
+        draw_networks(points, key="k", title="t", x_label="x", alt="a", markers={"openvino": m}) for m in "os"
+    )
+    assert draw_networks(points, key="k", title="t", x_label="x", alt="a") == circle != square
 
 
 def test_accuracy_has_a_linear_axis() -> None:

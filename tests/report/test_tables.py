@@ -1,5 +1,6 @@
 """What the tables say: the paper's numbers in their rows, the measured ones beside them, ratios the right way round."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from html import unescape
@@ -119,8 +120,11 @@ def test_flops_ratio_holds_whichever_operator_is_the_baseline(example: ModuleTyp
 def test_ratios_leave_the_control_out_and_tell_its_spread(example: ModuleType, render: Callable[..., str]) -> None:
     control = example.make_ratio("networks", "FasterNet-T0", "FasterNet-T0", 1.001, example.CPU)
     other = example.make_ratio("networks", "MobileNetV2", "FasterNet-T0", 1.5, example.CPU)
-    rows = read_rows(render([control, other]), "ratios-1")
-    assert rows == {"MobileNetV2": ["FasterNet-T0", "1.500", "1.470–1.545", "", "slower", "1.2"]}
+    control = dataclasses.replace(control, values=control.values | {"warnings": ["other load", "it slowed down"]})
+    page = render([control, other])
+    assert read_rows(page, "ratios-1") == {"MobileNetV2": ["FasterNet-T0", "1.500", "1.470–1.545", "", "slower", "1.2"]}
+    told = ["FasterNet-T0", "CPU, 1 thread, batch 1, fp32, eager", "2026-01-02", "1.001", "0.981–1.031", "64"]
+    assert read_rows(page, "controls") == {"networks": [*told, "other load; it slowed down"]}
 
 
 def test_newest_prefers_a_stable_record(example: ModuleType) -> None:
@@ -131,12 +135,18 @@ def test_newest_prefers_a_stable_record(example: ModuleType) -> None:
     records = [measure(1, 1, unstable=False), measure(2, 2, unstable=False), measure(3, 3, unstable=True)]
     assert newest(records, lambda r: r.subject)["x"].values["latency_ms"] == 2
     assert newest(records[2:], lambda r: r.subject)["x"].values["latency_ms"] == 3
+    failed = dataclasses.replace(records[2], values={"error": "OOM"}, created="2026-01-04", samples={})
+    assert newest([*records[2:], failed], lambda r: r.subject)["x"].values["latency_ms"] == 3
+    quick = dataclasses.replace(measure(4, 4, unstable=False), samples={"latency_ms": [4.0]})
+    assert newest([*records, quick], lambda r: r.subject)["x"].values["latency_ms"] == 2
 
 
 def test_summary_tells_training_differences_and_speed(
     example: ModuleType, write: Write, run_folder: Path, tmp_path: Path
 ) -> None:
-    sources = [run_folder, write([*example.make_optimize(), *example.make_networks(), *example.make_operators()])]
+    plain = example.make_ratio("networks", "ResNet50", "FasterNet-T0:split_cat", 3.0, example.CPU)
+    speeds = [plain, *example.make_optimize(), *example.make_networks(), *example.make_operators()]
+    sources = [run_folder, write(speeds)]
     page = create_report(sources, tmp_path / "report.html").read_text(encoding="utf-8")
     summary = unescape(re.sub(r"<[^>]*>", "", page.split('id="section-networks"')[0].split('id="section-summary"')[1]))
     for sentence in (
@@ -149,6 +159,7 @@ def test_summary_tells_training_differences_and_speed(
     ):
         assert sentence in summary
     assert "FasterNet-T1 takes" not in summary
+    assert "the time of FasterNet-T0:split_cat" not in summary
 
 
 def test_summary_adds_up_the_differences_of_optimising_alone(example: ModuleType, render: Callable[..., str]) -> None:
@@ -210,7 +221,9 @@ def test_ratios_between_engines_name_both_and_stay_out_of_the_summary(
     assert len(pairs) == 3 + 2 + 2 + 1  # between networks, between engines of both; controls stay out
     summary = page.split('id="section-claims"')[0].split('id="section-summary"')[1]
     assert re.findall(r"<strong>([\d.]+) ×</strong>", summary) == ["3.00"]
-    assert "1 partly" in re.sub("<[^>]*>", "", summary)
+    told = re.sub("<[^>]*>", "", summary)
+    assert "0 of 1measured claims of the paper hold in eager PyTorch; 1 partly, 0 not. 2 more hold by comp" in told
+    assert "utation, 16 were not run" in told
 
 
 def test_table9_puts_forms_and_paper_side_by_side(example: ModuleType, render: Callable[..., str]) -> None:

@@ -221,6 +221,18 @@ def test_training_speed_tells_what_limits(example: ModuleType, render: Render) -
     assert "The two hinder one another." in page
 
 
+def test_training_steps_are_told_relative_to_fasternet_and_make_no_headline(
+    example: ModuleType, render: Render
+) -> None:
+    page = render(example.make_steps())
+    assert read_rows(page, "training-steps-1") == [
+        ["MobileViT-XXS", "32", "256", "900.0", "35.6", "3.00", "2.94–3.09", "FasterNet-T0"],
+        ["FasterNet-T0", "32", "224", "300.0", "106.7", "–", "–", "–"],
+    ]
+    assert "Training steps (CPU, 1 thread, batch 32, fp32, eager)" in page
+    assert 'id="section-summary"' not in page
+
+
 def test_limit_is_told_only_where_all_parts_are_known(example: ModuleType) -> None:
     records = example.make_training_speed()[:3]
     fast = example.make_latency("training-speed", "t0:step", 80.0, example.CPU | {"batch_size": 64}, macs=1e8)

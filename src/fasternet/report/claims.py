@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 
 from fasternet.paper import load_table
 from fasternet.records import Machine, Record
-from fasternet.report.compare import Timing, printed, read_timing
+from fasternet.report.compare import Timing, find_device, printed, read_timing
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
-from fasternet.report.operators import DWCONV, compare_flops
+from fasternet.report.operators import DWCONV, FORWARD, compare_flops, read_passes, read_shape
 from fasternet.report.provenance import describe_machine, number, provenance, unique
-from fasternet.report.settings import ARM, ENGINES, Way, read_way
+from fasternet.report.settings import ENGINES, Way, has_published_size, read_way, select_ratios
 from fasternet.report.sources import Source, newest, select
 
 Verdict = Literal["holds", "partly", "does not hold", "not run"]
@@ -155,7 +155,8 @@ class Claim:
 
 def list_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Claim]:
     """Return every claim of the paper, once for each machine that it was measured on, once where it was not."""
-    records = [record for kind in ("latency", "ratio") for record in select(sources, kind)]
+    operators = [record for kind in ("latency", "ratio") for record in select(sources, kind, "operators")]
+    records = [*operators, *filter(has_published_size, select_ratios(sources))]
     claims = []
     for row in load_table("claims"):
         known = (row["claim"], row["device"], row["kind"], printed(row, "v1"), printed(row, "corrected"))
@@ -177,7 +178,7 @@ def _list_measured(
     fitting = [
         record
         for record in records
-        if find_device(record, machines) == claim.device
+        if find_device(record, machines).lower() == claim.device
         and all(record.condition.get(name) == value for name, value in wanted)
         and all(way.precision == "fp32" for way in _ways(record))
     ]
@@ -188,17 +189,10 @@ def _list_measured(
         best = None if isinstance(rule, Flops) else _find_speed(own, rule, claim.kind, best=True)
         if eager or best:
             told = [f"on {UNDER[claim.device]}", *(way.how for way in (eager, best) if way and way.how)]
+            told += [] if isinstance(rule, Flops) else _tell_plain(own, rule, claim.kind)
             found.append(replace(claim, machine=machine, eager=eager, best=best, remark="; ".join(told)))
     pair = ("PConv", "DWConv") if isinstance(rule, Flops) else rule
     return found or [replace(claim, remark=f"no record of {' and '.join(pair)} on {UNDER[claim.device]}")]
-
-
-def find_device(record: Record, machines: Mapping[str, Machine]) -> str:
-    """Return on what a record was measured, in the paper's words: gpu, cpu or arm."""
-    if not str(record.condition.get("device", "cpu")).startswith("cpu"):
-        return "gpu"
-    machine = machines.get(record.machine)
-    return "arm" if machine and machine.architecture in ARM else "cpu"
 
 
 def _ways(record: Record) -> tuple[Way, Way]:
@@ -227,24 +221,33 @@ def _find_speed(records: Sequence[Record], rule: Speed, kind: str, *, best: bool
     return Measured(interval, record.values.get("verdict") != "not distinguishable", how, (record,))
 
 
+def _tell_plain(records: Sequence[Record], rule: Speed, kind: str) -> list[str]:
+    """Tell what FasterNet reaches with PConv as plain PyTorch runs it, where that was measured."""
+    plain = _find_speed(records, rule._replace(own=f"{rule.own}:split_cat"), kind, best=False)
+    if not plain:
+        return []
+    value, low, high = (_tell(shown, kind) for shown in plain.interval)
+    return [f"plain form (split_cat): {value} ({low} to {high})"]
+
+
 def _find_flops(records: Sequence[Record]) -> Measured | None:
     """Return the mean FLOPS of PConv over those of DWConv, as Table 1's averages, with the shapes' intervals."""
     own = [
         record
         for record in records
         if record.suite == "operators"
-        and record.condition.get("passes", "forward") == "forward"
+        and read_passes(record) == FORWARD
         and record.condition.get("memory_format", "contiguous") == "contiguous"
         and all(way.engine == "eager" for way in _ways(record))
     ]
-    paper = {_shape(row) for row in load_table("table1_operators")}
+    paper = {read_shape(row) for row in load_table("table1_operators")}
     rates = {
-        _shape(record.condition): rate
-        for record in newest(own, lambda r: (r.kind, r.subject, _shape(r.condition))).values()
+        read_shape(record.condition): rate
+        for record in newest(own, lambda r: (r.kind, r.subject, read_shape(r.condition))).values()
         if (record.kind, record.subject) == ("latency", DWCONV) and (rate := number(record, "macs_per_second"))
     }
     latencies, ratios = ([r for r in own if r.kind == kind] for kind in ("latency", "ratio"))
-    compared = compare_flops(latencies, sorted(ratios, key=lambda ratio: ratio.created))
+    compared = compare_flops(latencies, ratios)
     used = [shape for shape in compared if shape in paper and shape in rates]
     if not used:
         return None
@@ -254,10 +257,6 @@ def _find_flops(records: Sequence[Record]) -> Measured | None:
     how = f"mean FLOPS over {len(used)} of Table 1’s {len(paper)} shapes, as its averages; by shape "
     how += f"{min(by_shape):.1f} to {max(by_shape):.1f}"
     return Measured(mean, True, how, tuple(latencies + ratios))
-
-
-def _shape(row: Mapping[str, object]) -> tuple[int, ...]:
-    return tuple(int(str(row.get(name, 0))) for name in ("channels", "height", "width"))
 
 
 def show_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:

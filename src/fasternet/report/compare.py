@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fasternet.records import Record
+from fasternet.records import Machine, Record
 from fasternet.report.markup import Cell, join, tag
 from fasternet.report.provenance import number
 
@@ -19,7 +19,7 @@ class Quantity(NamedTuple):
         value: Its name in records.
         label: Its heading.
         form: Its format.
-        device: CPU or GPU.
+        device: CPU, GPU or ARM.
         paper: The column of Tables 1 and 3 that holds the same, if any does.
         remeasured: The column of what the authors measured again.
         conditions: Those of the paper.
@@ -34,19 +34,26 @@ class Quantity(NamedTuple):
     conditions: str = ""
 
 
-# By whether it is a GPU and whether the batch is a single picture.
+# By the device and whether the batch is a single picture.
 QUANTITIES = {
-    (False, True): Quantity(
+    ("CPU", True): Quantity(
         "latency_ms", "CPU latency, ms", ".2f", "CPU", "cpu_latency_ms", "cpu_latency_ms",
         "i9-9900X, one thread, batch 1, fp32",
     ),
-    (False, False): Quantity("images_per_second", "CPU throughput, images/s", ",.1f", "CPU"),
-    (True, True): Quantity("latency_ms", "GPU latency, ms", ".3f", "GPU"),
-    (True, False): Quantity(
+    ("CPU", False): Quantity("images_per_second", "CPU throughput, images/s", ",.1f", "CPU"),
+    ("ARM", True): Quantity(
+        "latency_ms", "ARM latency, ms", ".2f", "ARM", "arm_latency_ms", "arm_latency_ms",
+        "Cortex-A72, one thread, batch 1, fp32",
+    ),
+    ("ARM", False): Quantity("images_per_second", "ARM throughput, images/s", ",.1f", "ARM"),
+    ("GPU", True): Quantity("latency_ms", "GPU latency, ms", ".3f", "GPU"),
+    ("GPU", False): Quantity(
         "images_per_second", "GPU throughput, images/s", ",.0f", "GPU", "gpu_throughput_images_per_second",
         "gpu_images_per_second", "2080Ti, batch 32, fp32",
     ),
 }  # fmt: skip
+ARM = ("aarch64", "arm64", "armv7l")
+PAPER_BATCH = {"CPU": 1, "ARM": 1, "GPU": 32}
 
 
 class Timing(NamedTuple):
@@ -57,10 +64,23 @@ class Timing(NamedTuple):
     high: float
 
 
-def select_quantity(record: Record) -> Quantity:
-    """Return what to show under the conditions of a record: latency for single pictures, throughput for batches."""
-    on_gpu = not str(record.condition.get("device", "cpu")).startswith("cpu")
-    return QUANTITIES[on_gpu, record.condition.get("batch_size", 1) == 1]
+def find_device(record: Record, machines: Mapping[str, Machine]) -> str:
+    """Return on what a record was measured, as the paper tells devices apart: GPU, CPU or ARM."""
+    if not str(record.condition.get("device", "cpu")).startswith("cpu"):
+        return "GPU"
+    machine = machines.get(record.machine)
+    return "ARM" if machine and machine.architecture in ARM else "CPU"
+
+
+def select_quantity(record: Record, machines: Mapping[str, Machine]) -> Quantity:
+    """Return what to show under the conditions of a record: latency for single pictures, throughput for batches.
+
+    It names columns of the paper's only under the paper's conditions: one thread, and the device's batch.
+    """
+    device, batch = find_device(record, machines), record.condition.get("batch_size", 1)
+    quantity = QUANTITIES[device, batch == 1]
+    is_paper = batch == PAPER_BATCH[device] and (device == "GPU" or record.condition.get("threads", 1) == 1)
+    return quantity if is_paper else quantity._replace(paper="", remeasured="", conditions="")
 
 
 def read_timing(ratio: Record) -> Timing | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fasternet.paper import load_accuracy, load_table
@@ -12,13 +12,13 @@ from fasternet.report.compare import Quantity, printed, scaled
 from fasternet.report.markup import Html, figure, join, tag
 from fasternet.report.networks import is_variant, tell_sources
 from fasternet.report.operators import FIGURE1, Key, Measured, describe_operator, list_sets
-from fasternet.report.plots import Line, Point, assign_markers, draw_networks, draw_plane
+from fasternet.report.plots import draw_networks, draw_plane
+from fasternet.report.points import Line, Point, assign_markers, list_legend, tell_points
 from fasternet.report.provenance import number, provenance, unique
-from fasternet.report.settings import Setting, is_speed_only, list_settings, read_way
+from fasternet.report.settings import Setting, has_published_size, is_speed_only, list_settings, read_way
 from fasternet.report.sources import Source
 
 FIGURE2 = {"a": "FLOPS, G multiply-adds per second", "b": "Latency, ms"}
-PAPER_POINTS = "the paper, version v1: another device, other software"
 # Device, the column of Table 3 and its unit, in the paper's order, with what has to be at hand to measure it.
 TRADE_OFFS = {
     "GPU": ("gpu_throughput_images_per_second", "GPU throughput, images/s", "a GPU"),
@@ -26,13 +26,6 @@ TRADE_OFFS = {
     "ARM": ("arm_latency_ms", "ARM latency, ms", "an ARM machine"),
 }
 LIMIT, LIMIT_NETWORK = 2.0, "FasterNet-S"  # Figure 7 shows what is at most this many times slower than it
-SHAPES = {
-    "o": '<circle cx="6" cy="6" r="4.5"/>',
-    "s": '<path d="M2 2h8v8h-8z"/>',
-    "D": '<path d="M6 .8l5.2 5.2-5.2 5.2L.8 6z"/>',
-    "^": '<path d="M6 1l5 9.5h-10z"/>',
-    "v": '<path d="M6 11l5-9.5h-10z"/>',
-}
 
 
 class Panel(NamedTuple):
@@ -48,7 +41,7 @@ class Panel(NamedTuple):
 def show_figure1(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
     """Make Figure 1, FLOPs and FLOPS of Conv, GConv, DWConv and PConv forward, for every setting."""
     content = []
-    for index, found in enumerate(list_sets(sources), start=1):
+    for index, found in enumerate(list_sets(sources, machines), start=1):
         records = {key: record for key, record in found.latest.items() if key[0] in FIGURE1 and _locate(record, "a")}
         if not records or not found.paper:
             continue
@@ -62,7 +55,8 @@ def show_figure1(sources: Sequence[Source], machines: Mapping[str, Machine]) -> 
         legend = list_legend(points, entries)
         note = "PConv has fewer FLOPs than what it lies left of, and higher FLOPS than what it lies above."
         title = f"Figure 1. FLOPs and FLOPS of the operators of Table 1 ({found.label})"
-        content.append(figure(key, title, join([legend, drawing]), note, provenance(list(records.values()), machines)))
+        small = provenance(list(records.values()), machines)
+        content.append(figure(key, title, join([legend, drawing]), note, tell_points("Table 1"), small))
     return content
 
 
@@ -73,7 +67,7 @@ def _list_operator_points(records: Mapping[Key, Record], found: Measured) -> tup
     for operator in FIGURE1:
         shapes = [shape for name, shape in found.paper if name == operator]
         names = {shape: f"{describe_operator(operator)}, C {shape[0]}" for shape in shapes}
-        rows = [(shape, found.paper[operator, shape]) for shape in shapes]
+        rows = [(shape, found.paper[operator, shape]) for shape in shapes if found.quantity.paper]
         paper = [
             Point(names[shape], float(row["macs_millions_10_layers"]) / 1e3, float(row[column]), measured=False)
             for shape, row in rows
@@ -94,19 +88,20 @@ def show_figure2(sources: Sequence[Source], machines: Mapping[str, Machine]) -> 
         records = [record for record in found.records if _locate(record, "a") or _locate(record, "b")]
         if not records:
             continue
-        panels, key = [], f"figure-2-{index}"
+        measured = {panel: [p for record in records if (p := _locate(record, panel))] for panel in FIGURE2}
+        points = {panel: [*_list_paper_points(panel, found.quantity), *own] for panel, own in measured.items()}
+        shown = [point for members in points.values() for point in members]
+        key, panels, markers = f"figure-2-{index}", [], assign_markers(shown)
         for panel, title in FIGURE2.items():
-            measured = [point for record in records if (point := _locate(record, panel))]
-            points = [*_list_paper_points(panel, found.quantity), *measured]
-            names = ", ".join(unique(point.name for point in measured))
+            names = ", ".join(unique(point.name for point in measured[panel]))
             drawing = draw_networks(
-                points, key=f"{key}{panel}", title=f"({panel}) {title}", x_label="FLOPs, G multiply-adds",
-                alt=f"{title}, over FLOPs, of {names}; Table 3 holds the numbers",
+                points[panel], key=f"{key}{panel}", title=f"({panel}) {title}", x_label="FLOPs, G multiply-adds",
+                alt=f"{title}, over FLOPs, of {names}; Table 3 holds the numbers", markers=markers,
             )  # fmt: skip
             panels.append(tag("div", drawing, class_="panel"))
         title = f"Figure 2. (a) FLOPS and (b) latency under varied FLOPs ({found.label})"
-        body = join([list_legend(points), tag("div", *panels, class_="panels")])
-        content.append(figure(key, title, body, provenance(records, machines)))
+        body = join([list_legend(shown), tag("div", *panels, class_="panels")])
+        content.append(figure(key, title, body, tell_points("Table 3"), provenance(records, machines)))
     return content
 
 
@@ -131,7 +126,14 @@ def _list_paper_points(panel: str, quantity: Quantity) -> list[Point]:
 
 def show_figure7(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
     """Make Figure 7, accuracy over throughput and latency, within a range of latency."""
-    return _show_trade_offs("7", [_limit(panel) for panel in _list_panels(sources, machines)], machines)
+    panels = _list_panels(sources, machines)
+    free = unique(
+        f"{point.filter} ({panel.title.partition(',')[0]})"
+        for panel in panels for point in panel.points if point.filter not in _find_limits(panel)
+    )  # fmt: skip
+    note = f"Shown: networks that take at most {LIMIT:g} times as long as {LIMIT_NETWORK} of the same panel and engine"
+    note += f"; all of {', '.join(free)}, where that is not at hand." if free else "."
+    return _show_trade_offs("7", [_limit(panel) for panel in panels], machines, note)
 
 
 def show_figure8(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
@@ -139,37 +141,38 @@ def show_figure8(sources: Sequence[Source], machines: Mapping[str, Machine]) -> 
     return _show_trade_offs("8", _list_panels(sources, machines), machines)
 
 
-def _show_trade_offs(name: str, panels: Sequence[Panel], machines: Mapping[str, Machine]) -> list[Html]:
+def _show_trade_offs(
+    name: str, panels: Sequence[Panel], machines: Mapping[str, Machine], limit: str | None = None
+) -> list[Html]:
     records = [record for panel in panels for record in panel.records]
     if not records:
         return []
-    drawings = []
+    points = [point for panel in panels for point in panel.points]
+    drawings, markers = [], assign_markers(points)
     for letter, panel in zip("abcdefghijklmnopqrstuvwxyz", panels, strict=False):
         drawing = draw_networks(
             panel.points, key=f"figure-{name}-{letter}", title=f"({letter}) Published top-1, %", x_label=panel.title,
-            y_scale="linear", alt=f"Published top-1 over {panel.title}; Table 3 holds the numbers",
+            y_scale="linear", alt=f"Published top-1 over {panel.title}; Table 3 holds the numbers", markers=markers,
         )  # fmt: skip
         reason = tag("p", panel.missing, class_="note") if panel.missing else None
         drawings.append(tag("div", drawing, reason, class_="panel"))
-    kind = "within a range of latency" if name == "7" else "all networks"
+    kind = "within a range of latency" if limit else "all networks"
     title = f"Figure {name}. Accuracy-throughput and accuracy-latency trade-offs, {kind}"
-    limit = (
-        f"Shown: networks that take at most {LIMIT:g} times as long as {LIMIT_NETWORK} of the same panel and engine."
-    )
-    body = join([list_legend([p for panel in panels for p in panel.points]), tag("div", *drawings, class_="panels")])
-    accuracies = tell_sources(unique(point.name for panel in panels for point in panel.points))
+    body = join([list_legend(points), tag("div", *drawings, class_="panels")])
+    accuracies = tell_sources(unique(point.name for point in points))
     only = "What is measured for speed only (int8) is left out." if any(map(is_speed_only, records)) else None
-    return [figure(f"figure-{name}", title, body, limit if name == "7" else None, accuracies, only,
-                   provenance(records, machines))]  # fmt: skip
+    small = provenance(records, machines)
+    return [figure(f"figure-{name}", title, body, limit, accuracies, only, tell_points("Table 3"), small)]
 
 
 def _list_panels(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Panel]:
     """Return a panel for every setting, in the paper's order of devices; a device without records has the paper's."""
     settings = [found for found in list_settings(sources, machines) if any(map(_is_timed, found.records))]
+    measured = {found.records[0].machine for found in settings}
     panels = []
     for device, (column, title, needs) in TRADE_OFFS.items():
         own = [found for found in settings if found.quantity.device == device]
-        panels += [_create_panel(device, found, column, len(machines) > 1) for found in own]
+        panels += [_create_panel(device, found, column, len(measured) > 1) for found in own]
         if not own:
             missing = f"Not run: needs {needs}. Hollow points are the paper’s."
             points = _list_trade_off_points(column)
@@ -186,15 +189,14 @@ def _create_panel(device: str, found: Setting, column: str, several: bool) -> Pa
               engine=str(read_way(record)))
         for record in records if not is_speed_only(record)
     ]  # fmt: skip
-    # The paper's conditions: single pictures on one thread, batches of 32 on a GPU.
-    alike = found.records[0].condition.get("threads", 1) == 1 or device == "GPU"
-    paper = _list_trade_off_points(column) if alike and _is_rate(column) == _is_rate(quantity.value) else []
+    paper = _list_trade_off_points(column) if quantity.paper == column else []
     where = f"; {found.records[0].machine}" if several else ""
     return Panel(f"{device} {unit} ({found.label}{where})", [*paper, *measured], records, _is_rate(quantity.value))
 
 
 def _is_timed(record: Record) -> bool:
-    return all(number(record, name) for name in ("latency_ms", "images_per_second")) and ":" not in record.subject
+    timed = all(number(record, name) for name in ("latency_ms", "images_per_second"))
+    return timed and ":" not in record.subject and has_published_size(record)
 
 
 def _is_rate(name: str) -> bool:
@@ -208,7 +210,7 @@ def _list_trade_off_points(column: str) -> list[Point]:
 
 def _limit(panel: Panel) -> Panel:
     """Leave out what is much slower than a middle-sized FasterNet; all stays where that was not measured."""
-    limits = {point.filter: point.x for point in panel.points if point.name == LIMIT_NETWORK}
+    limits = _find_limits(panel)
 
     def is_near(point: Point) -> bool:
         if not (own := limits.get(point.filter)):
@@ -218,16 +220,6 @@ def _limit(panel: Panel) -> Panel:
     return panel._replace(points=[point for point in panel.points if is_near(point)])
 
 
-def list_legend(points: Iterable[Point], kinds: Mapping[str, str] | None = None) -> Html:
-    """Return what colours and markers stand for; the page's script makes check boxes of what belongs to an engine."""
-    points = list(points)
-    entries = kinds or {"fasternet": "FasterNet, measured here", "rival": "other networks, measured here"}
-    items = [tag("li", text, class_=name) for name, text in entries.items()]
-    markers = assign_markers(point.engine for point in points if point.measured)
-    if len(markers) > 1:
-        shapes = {engine: Html(f'<svg viewBox="0 0 12 12" aria-hidden="true">{SHAPES[marker]}</svg>')
-                  for engine, marker in markers.items()}  # fmt: skip
-        items += [tag("li", shapes[engine], engine, class_="engine", data_engine=engine) for engine in markers]
-    if not all(point.measured for point in points):
-        items.append(tag("li", PAPER_POINTS, class_="paper", data_engine="paper"))
-    return tag("ul", *items, class_="legend")
+def _find_limits(panel: Panel) -> dict[str, float]:
+    """Return the speed of that FasterNet, by engine."""
+    return {point.filter: point.x for point in panel.points if point.name == LIMIT_NETWORK}

@@ -10,7 +10,7 @@ from fasternet.records import Machine, Record
 from fasternet.report.compare import Timing, divide, interval_cell, printed, scaled, speed_cell
 from fasternet.report.markup import Cell, Column, Html, figure, join, table, tag
 from fasternet.report.provenance import number
-from fasternet.report.settings import EAGER, Pair, Setting, Way, is_speed_only, list_settings, read_way
+from fasternet.report.settings import EAGER, Pair, Setting, Way, is_published, is_speed_only, list_settings, read_way
 from fasternet.report.sources import Source
 
 PAPER_SIZES = "224 px (MobileViT and EdgeNeXt 256 px)"
@@ -86,6 +86,7 @@ def list_rows(found: Setting) -> list[Row]:
             pair.baseline
             for pair in found.timings
             if (pair.name, pair.size) == (name, size) and pair.baseline != name and pair.way == pair.baseline_way
+            if ":" not in pair.baseline
         ]
         reference = owners.get(place)
         if others and reference not in others and reference != name:
@@ -95,7 +96,8 @@ def list_rows(found: Setting) -> list[Row]:
     measured = dict.fromkeys((record.subject, record.condition.get("input_size")) for record in found.records)
     rows = [create_row(name, size) for name, size in measured if not is_variant(name)]
     if found.quantity.paper:
-        seen, touched = {row.name for row in rows}, {row.group for row in rows}
+        seen = {row.name for row in rows if is_published(row.name, row.size)}
+        touched = {row.group for row in rows}
         rows += [create_row(name, None) for name, place in groups.items() if place in touched and name not in seen]
     order = {name: place for place, name in enumerate(groups)}
     return sorted(rows, key=lambda row: order.get(row.name.partition(":")[0], len(order)))
@@ -128,7 +130,7 @@ def _describe_columns(found: Setting) -> list[Column[Row]]:
     published = load_accuracy()
 
     def from_paper(column: str) -> Callable[[Row], float | None]:
-        return lambda row: printed(paper.get(row.name, {}), column)
+        return lambda row: printed(paper.get(row.name, {}) if is_published(row.name, row.size) else {}, column)
 
     def here(column: str, unit: float) -> Callable[[Row], float | None]:
         def cell(row: Row) -> float | None:
@@ -139,7 +141,7 @@ def _describe_columns(found: Setting) -> list[Column[Row]]:
 
     def top1(row: Row) -> float | None:
         accuracy = published.get(row.name)
-        return accuracy.top1 if accuracy else None
+        return accuracy.top1 if accuracy and is_published(row.name, row.size) else None
 
     return [
         Column("Network", lambda row: row.name),
@@ -159,14 +161,14 @@ def _paper_columns(found: Setting) -> list[Column[Row]]:
     again = {row["network"]: row for row in load_table("table3_imagenet_remeasured")}
 
     def time(row: Row) -> float | None:
-        own, other = (printed(paper.get(name, {}), quantity.paper) for name in (row.name, row.reference or ""))
+        own, other = speed(row), printed(paper.get(row.reference or "", {}), quantity.paper)
         return divide(own, other) if quantity.value == "latency_ms" else divide(other, own)
 
     def speed(row: Row) -> float | None:
-        return printed(paper.get(row.name, {}), quantity.paper)
+        return printed(paper.get(row.name, {}), quantity.paper) if is_published(row.name, row.size) else None
 
     def remeasured(row: Row) -> float | None:
-        return printed(again.get(row.name, {}), quantity.remeasured)
+        return printed(again.get(row.name, {}), quantity.remeasured) if is_published(row.name, row.size) else None
 
     columns: list[Column[Row]] = [Column("to", lambda row: row.reference, None, "Ratio")]
     if not quantity.paper:
@@ -195,13 +197,11 @@ def _way_columns(found: Setting, way: Way, notes: Footnotes) -> list[Column[Row]
             return 1.0 if scaled(found.find(row.name, row.size, way), "latency_ms", 1) else None
         return known.value if (known := timing(row)) else None
 
-    only = any(is_speed_only(record) for record in found.records if read_way(record) == way)
-    heading = f"{way}, speed only" if only else str(way)
     unit = "ms" if quantity.value == "latency_ms" else "images/s"
     return [
-        Column(unit, speed, quantity.form, heading),
-        Column("ratio", time, ".2f", heading),
-        Column("95 % interval", lambda row: interval_cell(timing(row)), "", heading),
+        Column(unit, speed, quantity.form, str(way)),
+        Column("ratio", time, ".2f", str(way)),
+        Column("95 % interval", lambda row: interval_cell(timing(row)), "", str(way)),
     ]
 
 
@@ -249,8 +249,8 @@ def _engines(key: str, found: Setting, small: Html) -> Html:
         return known.value if known else 1.0 if read_way(record) == EAGER and number(record, "latency_ms") else None
 
     def way(record: Record) -> Cell:
-        text = f"{read_way(record)}{', speed only' if is_speed_only(record) else ''}"
-        return Cell(tag("span", text, data_engine=read_way(record)), text)
+        name = str(read_way(record))
+        return Cell(tag("span", name, data_engine=name), name)
 
     def spread(record: Record) -> Cell | None:
         low, high = number(record, "latency_ms_low"), number(record, "latency_ms_high")

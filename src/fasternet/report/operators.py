@@ -70,7 +70,7 @@ class Measured(NamedTuple):
 def show_operators(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
     """Make Table 1 and the ratios that the paper and its authors claim, for each set of conditions."""
     content = []
-    for index, measured in enumerate(list_sets(sources), start=1):
+    for index, measured in enumerate(list_sets(sources, machines), start=1):
         small = provenance(list(measured.latest.values()), machines)
         content.append(_table1(f"table-1-{index}", measured, small))
         if measured.ratios:
@@ -81,22 +81,22 @@ def show_operators(sources: Sequence[Source], machines: Mapping[str, Machine]) -
 
 def show_table9_operators(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
     """Make the operator half of Table 9, split_cat against slicing, for each set of conditions."""
-    sets = enumerate(list_sets(sources), start=1)
+    sets = enumerate(list_sets(sources, machines), start=1)
     return [html for index, measured in sets for html in _table9(f"table-9-operators-{index}", measured, machines)]
 
 
-def list_sets(sources: Sequence[Source]) -> list[Measured]:
+def list_sets(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Measured]:
     """Return what was measured, a set for each machine, setting and passes, in order of first appearance."""
 
     def conditions(record: Record) -> tuple[str, ...]:
-        return (*comparable(record), _read_passes(record))
+        return (*comparable(record), read_passes(record))
 
-    rows = {(row["operator"], _read_shape(row)): row for row in load_table("table1_operators")}
+    rows = {(row["operator"], read_shape(row)): row for row in load_table("table1_operators")}
     sets = []
     for condition, members in group(select(sources, "latency", "operators"), conditions).items():
         ratios = [ratio for ratio in select(sources, "ratio", "operators") if conditions(ratio) == condition]
-        quantity, label, paper = select_quantity(members[0]), describe_setting(members[0]), rows
-        if (passes := _read_passes(members[0])) != FORWARD:
+        quantity, label, paper = select_quantity(members[0], machines), describe_setting(members[0]), rows
+        if (passes := read_passes(members[0])) != FORWARD:
             quantity, paper = quantity._replace(paper=""), {}
             label = label if passes in label else f"{label}, {passes}"
         sets.append(Measured(label, newest(members, _key), ratios, quantity, paper))
@@ -145,7 +145,7 @@ def _table1(key: str, measured: Measured, small: Html) -> Html:
 def _pconv(key: str, measured: Measured, small: Html) -> list[Html]:
     """Compare PConv with DWConv of the same width, and of the widths that replace a regular convolution."""
     records, timings = list(measured.latest.values()), read_timings(measured.ratios)
-    passes = _read_passes(records[0])
+    passes = read_passes(records[0])
     rates = {
         (rival, shape): rate
         for rival in DWCONVS
@@ -205,17 +205,15 @@ def _conv(key: str, measured: Measured, small: Html) -> list[Html]:
 
 def _table9(key: str, measured: Measured, machines: Mapping[str, Machine]) -> list[Html]:
     quantity, timings = measured.quantity, read_timings(measured.ratios)
-    names = {(_read_form(record), shape): name for (name, shape), record in measured.latest.items()}
+    # The plain name last, so that it wins over its own form's: ratios are taken against it.
+    found = sorted(measured.latest.items(), key=lambda item: ":" not in item[0][0])
+    names = {(_read_form(record), shape): name for (name, shape), record in found}
     shapes = [
         shape for shape in _list_shapes(measured) if ("split_cat", shape) in names and ("slicing", shape) in names
     ]
     if not shapes:
         return []
-    rows = {
-        tuple(int(row[name]) for name in ("channels", "height", "width")): row
-        for row in load_table("table9_forward_choice")
-        if row["network"] == "PConv x10"
-    }
+    rows = {read_shape(row): row for row in load_table("table9_forward_choice") if row["network"] == "PConv x10"}
     # as Table 1 names its columns: cpu_latency_ms, gpu_throughput_images_per_second
     device, unit = quantity.device.lower(), "ms" if quantity.value == "latency_ms" else "images_per_second"
 
@@ -268,9 +266,9 @@ def compare_flops(
         rival: DWConv, or a wider one.
         passes: Records of other passes are left out.
     """
-    macs = {_key(record): number(record, "macs") for record in records if _read_passes(record) == passes}
+    macs = {_key(record): number(record, "macs") for record in records if read_passes(record) == passes}
     rates = {}
-    for (above, below, shape), timing in read_timings(r for r in ratios if _read_passes(r) == passes).items():
+    for (above, below, shape), timing in read_timings(r for r in ratios if read_passes(r) == passes).items():
         work = divide(macs.get((PCONV, shape)), macs.get((rival, shape)))
         if work and (above, below) == (rival, PCONV):
             rates[shape] = Timing(*(work * value for value in timing))
@@ -280,7 +278,7 @@ def compare_flops(
 def read_timings(ratios: Iterable[Record]) -> Timings:
     """Return times as multiples of another's, by both operators and the shape, whichever was the baseline."""
     latest = newest(
-        ratios, lambda ratio: (ratio.subject, str(ratio.condition.get("baseline")), _read_shape(ratio.condition))
+        ratios, lambda ratio: (ratio.subject, str(ratio.condition.get("baseline")), read_shape(ratio.condition))
     )
     timings = {names: timing for names, ratio in latest.items() if (timing := read_timing(ratio))}
     inverse = {
@@ -318,7 +316,8 @@ def _read_form(record: Record) -> str | None:
     return str(form or record.values.get("impl", "")) if operator == PCONV else None
 
 
-def _read_passes(record: Record) -> str:
+def read_passes(record: Record) -> str:
+    """Return which passes were timed; records from before there were several are of forward."""
     return str(record.condition.get("passes", FORWARD))
 
 
@@ -327,9 +326,10 @@ def _name_rate(quantity: Quantity) -> str:
 
 
 def _key(record: Record) -> Key:
-    return record.subject, _read_shape(record.condition)
+    return record.subject, read_shape(record.condition)
 
 
-def _read_shape(row: Mapping[str, object]) -> Shape:
+def read_shape(row: Mapping[str, object]) -> Shape:
+    """Return channels, height and width of a condition, or of a row of the paper's."""
     channels, height, width = (int(str(row.get(name, 0))) for name in ("channels", "height", "width"))
     return channels, height, width

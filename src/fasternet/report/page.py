@@ -27,7 +27,7 @@ from fasternet.report.raw import show_raw
 from fasternet.report.roofline import show_rooflines
 from fasternet.report.slower import show_slower
 from fasternet.report.sources import Source, find_machines, load_sources
-from fasternet.report.speed import show_training_speed
+from fasternet.report.speed import show_steps, show_training_speed
 from fasternet.report.summary import show_summary
 from fasternet.report.sweeps import show_sweeps
 from fasternet.report.table5 import show_table5
@@ -54,7 +54,7 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
     "Variants": (show_variants,),
     "Operators": (show_figure1, show_operators, show_rooflines),
     "Forms of PConv": (show_table9_operators, show_table9_networks),
-    "Training speed": (show_training_speed,),
+    "Training speed": (show_training_speed, show_steps),
     "Ratios": (show_ratios,),
     "Learning": (show_learning,),
     "Training": (show_training,),

@@ -1,8 +1,8 @@
 """Networks in a plane, sweeps, the training curve and calibration as inline SVG, drawn by matplotlib.
 
 Every colour is a CSS variable, so that one drawing serves light, dark and print; every drawing is made for a wide
-screen and for a phone, and the page shows the one that fits. A point names itself under the mouse and the keyboard's
-focus, and whatever belongs to an engine says so (``data-engine``), for the page's filters. Needs the extra ``report``.
+screen and for a phone, and the page shows the one that fits. A point names itself under the mouse, and whatever belongs
+to an engine says so (``data-engine``), for the page's filters. Needs the extra ``report``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 from fasternet.report.labels import Box, place_labels
 from fasternet.report.markup import Html, join, tag
+from fasternet.report.points import Line, Point, assign_markers
 
 SIZES = {"wide": (540, 400), "narrow": (343, 320)}  # CSS pixels
 MARGINS = {"left": 46, "right": 10, "bottom": 40, "top": 30}
 TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(n / 10 for n in range(10, 100)))  # in a decade
 MAX_MARKED_EPOCHS = 40
 TIP_CHARACTER, LINE_HEIGHT = 6.6, 15  # of a point's name, CSS pixels
-MARKERS = "osD^v"  # of engines: circle, square, diamond, triangles
 # Stand-ins that no one else uses, each replaced by a CSS variable once matplotlib has written the SVG.
 INK, MUTED, RULE, PAPER, ACCENT, SECOND = (f"#00000{digit}" for digit in range(1, 7))
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", ACCENT: "accent", SECOND: "second"}
@@ -57,44 +57,6 @@ STYLE = {
 
 
 @dataclass(frozen=True)
-class Point:
-    """A network in a plane, ``measured`` here in an engine or as the paper has it; ``named`` where its name fits."""
-
-    name: str
-    x: float
-    y: float
-    measured: bool = True
-    engine: str = ""
-    named: bool = True
-
-    @property
-    def is_highlighted(self) -> bool:
-        """Whether it belongs to what the paper proposes."""
-        return self.name.startswith(("FasterNet", "PConv"))
-
-    @property
-    def filter(self) -> str:
-        """What a page's filter knows it by."""
-        return self.engine if self.measured else "paper"
-
-    @property
-    def detail(self) -> str:
-        """What it tells beside its name."""
-        where = f" ({self.filter})" if self.filter else ""
-        return f"{self.x:.3g}, {self.y:.3g}{where}"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line through points of one engine: those of FasterNet, a sweep, or what it would ideally be."""
-
-    corners: tuple[tuple[float, float], ...]
-    highlighted: bool = False
-    dashed: bool = False
-    engine: str = ""
-
-
-@dataclass(frozen=True)
 class Mark:
     """A point in a finished drawing, in its pixels from the upper left, and how it names itself."""
 
@@ -124,16 +86,14 @@ class Bin:
     accuracy: float
 
 
-def draw_networks(
-    points: Sequence[Point], *, key: str, title: str, x_label: str, alt: str, y_scale: Literal["log", "linear"] = "log"
-) -> Html:
-    """Draw networks in a plane, the FasterNets of an engine connected, names beside the measured ones."""
+def draw_networks(points: Sequence[Point], **options: Any) -> Html:
+    """Draw networks in a plane, the FasterNets of an engine connected; ``options`` are those of ``draw_plane``."""
     lines = []
     for measured, engine in dict.fromkeys((p.measured, p.engine) for p in points):
         ours = [p for p in points if p.name.startswith("FasterNet") and (p.measured, p.engine) == (measured, engine)]
         corners = tuple(sorted((p.x, p.y) for p in ours))
         lines.append(Line(corners, highlighted=measured, dashed=not measured, engine=engine if measured else "paper"))
-    return draw_plane(points, lines, key=key, title=title, x_label=x_label, alt=alt, y_scale=y_scale)
+    return draw_plane(points, lines, **options)
 
 
 def draw_plane(
@@ -145,6 +105,7 @@ def draw_plane(
     x_label: str,
     alt: str,
     y_scale: Literal["log", "linear"] = "log",
+    markers: Mapping[str, str] | None = None,
 ) -> Html:
     """Draw points and lines over a logarithmic axis; each engine has its marker, the first one's points their names.
 
@@ -156,9 +117,10 @@ def draw_plane(
         x_label: Name of the horizontal axis.
         alt: The drawing in words.
         y_scale: Of the vertical axis.
+        markers: Of the engines, where several drawings share a legend.
     """
-    markers = assign_markers([point.engine for point in points if point.measured])
-    first = next(iter(markers), "")
+    shapes = markers or assign_markers(points)
+    first = next((point.engine for point in points if point.measured), "")
     engines: dict[str, str] = {f"line{number}": line.engine for number, line in enumerate(lines)}
 
     def draw(axes: Any) -> list[Mark]:
@@ -176,7 +138,7 @@ def draw_plane(
             filled = {"markersize": size, "markerfacecolor": color, "markeredgecolor": PAPER, "zorder": layer}
             hollow = {"markersize": 4.5, "markerfacecolor": PAPER, "markeredgecolor": MUTED, "zorder": 3}
             style = filled if point.measured else hollow
-            marker = markers[point.engine] if point.measured else "o"
+            marker = shapes[point.engine] if point.measured else "o"
             axes.plot(point.x, point.y, marker, gid=f"point{number}", markeredgewidth=0.8, **style)
             engines[f"point{number}"] = point.filter
         _set_limits(axes, points, y_scale)
@@ -184,11 +146,6 @@ def draw_plane(
         return [Mark(*_pixels(axes, p.x, p.y), p.name, p.detail, p.filter) for p in points]
 
     return _draw_responsive(draw, key=key, alt=alt, engines=engines)
-
-
-def assign_markers(engines: Iterable[str]) -> dict[str, str]:
-    """Give each engine matplotlib's name of a marker, in order of first appearance."""
-    return dict(zip(dict.fromkeys(engines), cycle(MARKERS), strict=False))
 
 
 def draw_curve(series: Sequence[Series], *, key: str, title: str, alt: str, from_zero: bool = False) -> Html:
@@ -285,7 +242,7 @@ def _name(mark: Mark, width: int) -> Html:
     tip = tag("text", *lines, class_="tip", y=y, text_anchor="middle")
     area = tag("circle", cx=f"{mark.x:.1f}", cy=f"{mark.y:.1f}", r=9)
     title = tag("title", f"{mark.name}: {mark.detail}")
-    return tag("g", title, area, tip, class_="point", tabindex=0, data_engine=mark.engine or None)
+    return tag("g", title, area, tip, class_="point", data_engine=mark.engine or None)
 
 
 def _clean(svg: str, *, prefix: str, alt: str, engines: Mapping[str, str]) -> Html:
@@ -296,7 +253,7 @@ def _clean(svg: str, *, prefix: str, alt: str, engines: Mapping[str, str]) -> Ht
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None  # matplotlib always writes one
-    opening = f'<svg {box.group()} role="group" aria-label="{html.escape(alt)}">'
+    opening = f'<svg {box.group()} role="img" aria-label="{html.escape(alt)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)

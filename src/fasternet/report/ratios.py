@@ -9,8 +9,8 @@ from fasternet.records import Machine, Record
 from fasternet.report.compare import Timing, interval_cell, read_timing, scaled
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
 from fasternet.report.operators import describe_operator
-from fasternet.report.provenance import describe_condition, provenance, shared_condition
-from fasternet.report.settings import read_way
+from fasternet.report.provenance import describe_condition, number, provenance, shared_condition
+from fasternet.report.settings import INT8, read_way
 from fasternet.report.sources import Source, comparable, newest, select
 
 PLOT_WIDTH, PLOT_HEIGHT = 132, 30  # CSS pixels
@@ -41,7 +41,32 @@ def show_ratios(sources: Sequence[Source], machines: Mapping[str, Machine]) -> l
     suites: dict[str, list[tuple[Record, Timing]]] = {}
     for record, timing in list_ratios(sources):
         suites.setdefault(record.suite, []).append((record, timing))
-    return [_table(f"ratios-{i}", *item, machines) for i, item in enumerate(suites.items(), start=1)]
+    tables = [_table(f"ratios-{i}", *item, machines) for i, item in enumerate(suites.items(), start=1)]
+    return [*tables, *_show_controls(sources, machines)]
+
+
+def _show_controls(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
+    """Make the table of the A/A controls: what each run measured of a thing against itself, and what it warned of."""
+    ratios = ((record, read_timing(record)) for record in select(sources, "ratio") if is_control(record))
+    rows = [(record, timing) for record, timing in ratios if timing]
+    if not rows:
+        return []
+    columns: list[Column[tuple[Record, Timing]]] = [
+        Column("Suite", lambda row: row[0].suite),
+        Column("subject, against itself", lambda row: row[0].subject),
+        Column("under", lambda row: describe_condition(row[0].condition)),
+        Column("date", lambda row: row[0].created[:10]),
+        Column("ratio", lambda row: row[1].value, ".3f", "Time"),
+        Column("95 % interval", lambda row: interval_cell(row[1], ".3f"), "", "Time"),
+        Column("rounds", lambda row: number(row[0], "num_blocks"), ".0f"),
+        Column("warnings", lambda row: "; ".join(map(str, row[0].values.get("warnings") or ())) or None),
+    ]
+    content = table("controls", columns, rows)
+    if len(rows) > MAX_OPEN_ROWS:
+        content = tag("details", tag("summary", f"All {len(rows):,} controls"), content)
+    note = "Every run measures one subject twice: a ratio far from 1 is the run’s own error."
+    small = provenance([record for record, _ in rows], machines)
+    return [figure("controls", "Controls", content, note, small)]
 
 
 def _table(key: str, suite: str, rows: Sequence[tuple[Record, Timing]], machines: Mapping[str, Machine]) -> Html:
@@ -53,7 +78,7 @@ def _table(key: str, suite: str, rows: Sequence[tuple[Record, Timing]], machines
         """Name one side of a ratio, with its engine and precision where they are not the other's."""
         told = describe_operator(str(subject)) if suite == "operators" else str(subject)
         ways = read_way(ratio), read_way(ratio, "baseline_")
-        return told if ways[0] == ways[1] else f"{told} ({ways[place]})"
+        return told if ways[0] == ways[1] and ways[0].precision != INT8 else f"{told} ({ways[place]})"
 
     def differing(row: tuple[Record, Timing]) -> str | None:
         return describe_condition({k: v for k, v in row[0].condition.items() if k not in shared}) or None

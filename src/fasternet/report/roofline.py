@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fasternet.records import Machine, Record
-from fasternet.report.figures import list_legend
 from fasternet.report.markup import Html, figure, join
 from fasternet.report.operators import Measured, describe_operator, list_sets
-from fasternet.report.plots import Line, Point, draw_plane
+from fasternet.report.plots import draw_plane
+from fasternet.report.points import Line, Point, list_legend, tell_points
 from fasternet.report.provenance import number, provenance
 from fasternet.report.sources import Source, select
 
@@ -34,7 +34,7 @@ def show_rooflines(sources: Sequence[Source], machines: Mapping[str, Machine]) -
     """Draw the operators of each set of conditions under the roof of their machine, where the records tell of both."""
     peaks = select(sources, "machine_peak", "operators")
     content = []
-    for index, measured in enumerate(list_sets(sources), start=1):
+    for index, measured in enumerate(list_sets(sources, machines), start=1):
         points = list_points(measured)
         if points and (roof := read_roof(next(iter(measured.latest.values())), peaks)):
             content.append(_show(f"roofline-{index}", measured, points, roof, machines))
@@ -67,14 +67,15 @@ def read_roof(record: Record, peaks: Sequence[Record]) -> Roof | None:
         and all(peak.condition.get(name) == record.condition.get(name) for name in ("device", "threads", "precision"))
     ]
     gemms = [
-        (rate / 1e9, float(peak.condition["size"]))
+        (rate / 1e9, float(size))
         for peak in own
         if peak.subject == "gemm" and (rate := number(peak, "macs_per_second"))
+        if isinstance(size := peak.condition.get("size"), int | float)
     ]
     copies: dict[float, float] = {}
     for peak in own:
-        if peak.subject == "copy" and (rate := number(peak, "bytes_per_second")):
-            mib = float(peak.condition["mib"])
+        rate, mib = number(peak, "bytes_per_second"), peak.condition.get("mib")
+        if peak.subject == "copy" and rate and isinstance(mib, int | float):
             copies[mib] = max(rate / 1e9, copies.get(mib, 0))
     return Roof(*max(gemms), dict(sorted(copies.items()))) if gemms and copies else None
 
@@ -102,4 +103,4 @@ def _show(key: str, measured: Measured, points: Sequence[Point], roof: Roof, mac
     )
     title = f"Operators under the roofline ({measured.label})"
     small = provenance(list(measured.latest.values()), machines)
-    return figure(key, title, join([legend, drawing]), note, small)
+    return figure(key, title, join([legend, drawing]), note, tell_points("Table 1"), small)

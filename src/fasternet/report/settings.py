@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
+from fasternet.paper import load_table
 from fasternet.records import Machine, Record
 from fasternet.report.compare import Quantity, Timing, read_timing, select_quantity
 from fasternet.report.markup import Html
@@ -14,7 +15,9 @@ from fasternet.report.provenance import describe_condition, describe_setting, pr
 from fasternet.report.sources import Source, group, newest, select, setting
 
 ENGINES = {"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-ARM = ("aarch64", "arm64", "armv7l")
+SIZE = 224  # of pictures, at which networks are published, except for
+SIZES = {"MobileViT-": 256, "EdgeNeXt-": 256}  # those of the paper, and what paper/today_accuracy.csv names
+INT8 = "int8"  # calibrated on random pictures: its accuracy is not the published one
 
 
 class Way(NamedTuple):
@@ -25,7 +28,8 @@ class Way(NamedTuple):
 
     def __str__(self) -> str:
         """Its name in headings, legends and filters."""
-        return f"{ENGINES.get(self.engine, self.engine)} {self.precision}"
+        only = ", speed only" if self.precision == INT8 else ""
+        return f"{ENGINES.get(self.engine, self.engine)} {self.precision}{only}"
 
 
 EAGER = Way("eager", "fp32")
@@ -47,11 +51,10 @@ class Setting:
 
     Attributes:
         quantity: What its tables show.
-        records: The newest latency of each network, size and way.
+        records: The latency of each network, size and way, as ``newest`` chooses it.
         ways: The engines and precisions, in order of first appearance.
-        timings: The newest ratio of times of each pair.
+        timings: The ratio of times of each pair, likewise.
         best: For each network and size its fastest fp32 engine against that of a FasterNet.
-        ratios: The records behind ``timings`` and ``best``.
     """
 
     quantity: Quantity
@@ -59,7 +62,6 @@ class Setting:
     ways: tuple[Way, ...]
     timings: Mapping[Pair, Timing]
     best: Mapping[tuple[str, object], tuple[Pair, Timing]]
-    ratios: tuple[Record, ...]
 
     @property
     def label(self) -> str:
@@ -84,25 +86,45 @@ class Setting:
         return provenance(self.records, machines)
 
 
-def list_settings(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Setting]:
+def list_settings(sources: Sequence[Source], machines: Mapping[str, Machine], suite: str = "networks") -> list[Setting]:
     """Return the settings in which networks were measured, in order of first appearance."""
-    latencies = group(select(sources, "latency", "networks"), _equal)
-    ratios = group(select(sources, "ratio", "networks"), _equal)
+    latencies = group(select(sources, "latency", suite), _equal)
+    ratios = group(select_ratios(sources, suite), _equal)
     return [
-        _create(members, ratios.get(key, []), _find_quantity(members[0], machines))
+        _create(members, ratios.get(key, []), select_quantity(members[0], machines))
         for key, members in latencies.items()
     ]
 
 
-def _find_quantity(record: Record, machines: Mapping[str, Machine]) -> Quantity:
-    """Return what to show of a device; the paper measured an ARM processor beside the other one, single pictures."""
-    quantity, machine = select_quantity(record), machines.get(record.machine)
-    if quantity.device != "CPU" or machine is None or machine.architecture not in ARM:
-        return quantity
-    paper = dict.fromkeys(("paper", "remeasured"), "arm_latency_ms") if quantity.paper else {}
-    conditions = "Cortex-A72, one thread, batch 1, fp32" if quantity.paper else ""
-    label = quantity.label.replace("CPU", "ARM")
-    return quantity._replace(device="ARM", label=label, conditions=conditions, **paper)
+def select_ratios(sources: Sequence[Source], suite: str = "networks") -> list[Record]:
+    """Return the ratios of times; where the best engines were compared, those of the commands with the most engines."""
+    ratios = [ratio for ratio in select(sources, "ratio", suite) if read_timing(ratio)]
+    commands = group(ratios, lambda ratio: ratio.command)
+    engines = {command: len({read_way(r).engine for r in members}) for command, members in commands.items()}
+
+    def key(ratio: Record) -> tuple[object, ...]:
+        names = ("best_engines", "baseline", "input_size")
+        return (*_equal(ratio), ratio.subject, *(ratio.condition.get(name) for name in names))
+
+    best = [ratio for ratio in ratios if ratio.condition.get("best_engines")]
+    most = {name: max(engines[r.command] for r in members) for name, members in group(best, key).items()}
+    return [ratio for ratio in ratios if engines[ratio.command] >= most.get(key(ratio), 0)]
+
+
+@cache
+def _load_sizes() -> dict[str, int]:
+    return {row["network"]: int(row["input_size"]) for row in load_table("today_accuracy")}
+
+
+def is_published(network: str, size: object) -> bool:
+    """Whether a network's published accuracy and speed are those of this input size; a record without one is taken."""
+    paper = next((side for family, side in SIZES.items() if network.startswith(family)), SIZE)
+    return size in (None, _load_sizes().get(network, paper))
+
+
+def has_published_size(record: Record) -> bool:
+    """Whether a network was measured at the input size that its published accuracy and speed belong to."""
+    return is_published(record.subject, record.condition.get("input_size"))
 
 
 def read_way(record: Record, prefix: str = "") -> Way:
@@ -117,7 +139,7 @@ def read_way(record: Record, prefix: str = "") -> Way:
 
 def is_speed_only(record: Record) -> bool:
     """Whether a record tells speed alone, since what was computed so has another accuracy."""
-    return bool(record.values.get("speed_only"))
+    return bool(record.values.get("speed_only")) or read_way(record).precision == INT8
 
 
 def _equal(record: Record) -> tuple[str, ...]:
@@ -126,16 +148,14 @@ def _equal(record: Record) -> tuple[str, ...]:
 
 def _create(latencies: Sequence[Record], ratios: Sequence[Record], quantity: Quantity) -> Setting:
     records = newest(latencies, lambda r: (r.subject, r.condition.get("input_size"), read_way(r)))
-    timings: dict[Pair, Timing] = {}
-    best: dict[tuple[str, object], tuple[Pair, Timing]] = {}
-    for ratio in sorted(ratios, key=lambda ratio: ratio.created):
-        baseline, size = str(ratio.condition.get("baseline")), ratio.condition.get("input_size")
-        pair = Pair(ratio.subject, size, read_way(ratio), baseline, read_way(ratio, "baseline_"))
-        if (timing := read_timing(ratio)) is None:
-            continue
-        if ratio.condition.get("best_engines"):
-            best[ratio.subject, size] = pair, timing
-        else:
-            timings[pair] = timing
+    plain = newest((r for r in ratios if not r.condition.get("best_engines")), _read_pair)
+    chosen = newest((r for r in ratios if r.condition.get("best_engines")), lambda r: _read_pair(r)[:2])
+    timings = {pair: timing for pair, ratio in plain.items() if (timing := read_timing(ratio))}
+    best = {name: (_read_pair(ratio), timing) for name, ratio in chosen.items() if (timing := read_timing(ratio))}
     ways = tuple(dict.fromkeys(read_way(record) for record in records.values()))
-    return Setting(quantity, tuple(records.values()), ways, timings, best, tuple(ratios))
+    return Setting(quantity, tuple(records.values()), ways, timings, best)
+
+
+def _read_pair(ratio: Record) -> Pair:
+    baseline, size = str(ratio.condition.get("baseline")), ratio.condition.get("input_size")
+    return Pair(ratio.subject, size, read_way(ratio), baseline, read_way(ratio, "baseline_"))

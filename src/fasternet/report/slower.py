@@ -11,18 +11,18 @@ from fasternet.report.compare import Timing, interval_cell, read_timing
 from fasternet.report.markup import Column, Html, figure, table, tag
 from fasternet.report.provenance import count, describe_condition, describe_machine, number, provenance
 from fasternet.report.ratios import is_control
-from fasternet.report.settings import read_way
-from fasternet.report.sources import Source, group, newest, select
+from fasternet.report.settings import INT8, has_published_size, read_way, select_ratios
+from fasternet.report.sources import Source, group, newest
 
-INT8 = "int8"  # calibrated on random pictures: its accuracy is not the published one
 NOTE = (
-    "Top-1 is quoted, never measured here. The ratio is the other network’s time over that of FasterNet. Two networks "
-    "without a measured ratio are compared through a FasterNet that both have one to; the interval then holds those of "
-    "both. int8 is left out, for its accuracy is not the published one."
+    "Top-1 is quoted, never measured here; each network at the input size that it is published for. The ratio is the "
+    "other network’s time over that of FasterNet. Two networks without a measured ratio are compared through a "
+    "FasterNet that both have one to in the same engine; the interval then holds those of both. int8 is left out, for "
+    "its accuracy is not the published one."
 )
 
 
-class Pair(NamedTuple):
+class Comparison(NamedTuple):
     """A FasterNet against a network of at least its published top-1.
 
     Attributes:
@@ -46,8 +46,8 @@ def show_slower(sources: Sequence[Source], machines: Mapping[str, Machine]) -> l
     """Tell for every set of comparable networks which ones beat a FasterNet in speed without being less accurate."""
     ratios = [
         record
-        for record in select(sources, "ratio", "networks")
-        if read_timing(record) and not is_control(record) and _comparable(record) is not None
+        for record in select_ratios(sources)
+        if has_published_size(record) and not is_control(record) and _comparable(record) is not None
     ]
     content = []
     for index, (setting, members) in enumerate(group(ratios, _comparable).items(), start=1):
@@ -70,11 +70,10 @@ def _comparable(ratio: Record) -> tuple[str, str] | None:
     return ratio.machine, describe_condition(condition | own._asdict())
 
 
-def compare_at_equal_accuracy(ratios: Sequence[Record]) -> Iterator[Pair]:
+def compare_at_equal_accuracy(ratios: Sequence[Record]) -> Iterator[Comparison]:
     """Yield every FasterNet against every network of at least its published top-1, as far as ratios tell."""
     accuracy = load_accuracy()
-    latest = newest(ratios, lambda r: (r.subject, str(r.condition.get("baseline")), str(r.condition.get("input_size"))))
-    known = {(record.subject, str(record.condition["baseline"])): record for record in latest.values()}
+    known = newest(ratios, lambda ratio: (ratio.subject, str(ratio.condition.get("baseline"))))
     names = dict.fromkeys(name for pair in known for name in pair if name in accuracy)
     for own in (name for name in names if name.startswith("FasterNet")):
         for rival in names:
@@ -84,18 +83,18 @@ def compare_at_equal_accuracy(ratios: Sequence[Record]) -> Iterator[Pair]:
                     yield pair
 
 
-def _compare(own: str, rival: str, known: Mapping[tuple[str, str], Record]) -> Pair | None:
+def _compare(own: str, rival: str, known: Mapping[tuple[str, str], Record]) -> Comparison | None:
     if direct := known.get((rival, own)):
         timing = read_timing(direct)
         assert timing  # filtered by whoever calls
-        return Pair(own, rival, timing, str(direct.values.get("verdict")), None, (direct,))
+        return Comparison(own, rival, timing, str(direct.values.get("verdict")), None, (direct,))
     for via in dict.fromkeys(baseline for _, baseline in known):
         above, below = known.get((rival, via)), known.get((own, via))
         first, second = above and read_timing(above), below and read_timing(below)
-        if above and below and first and second:
+        if above and below and first and second and read_way(above, "baseline_") == read_way(below, "baseline_"):
             timing = Timing(first.value / second.value, first.low / second.high, first.high / second.low)
             spread = sum(number(record, "a_a_spread") or 0 for record in (above, below))
-            return Pair(own, rival, timing, _judge(timing, spread), via, (above, below))
+            return Comparison(own, rival, timing, _judge(timing, spread), via, (above, below))
     return None
 
 
@@ -106,7 +105,7 @@ def _judge(timing: Timing, spread: float) -> str:
     return "faster" if timing.value < 1 else "slower"
 
 
-def _show(key: str, setting: tuple[str, str], pairs: Sequence[Pair], machines: Mapping[str, Machine]) -> Html:
+def _show(key: str, setting: tuple[str, str], pairs: Sequence[Comparison], machines: Mapping[str, Machine]) -> Html:
     accuracy = load_accuracy()
     lost = [pair for pair in pairs if pair.verdict == "faster"]
     slower = sum(pair.verdict == "slower" for pair in pairs)
@@ -122,7 +121,7 @@ def _show(key: str, setting: tuple[str, str], pairs: Sequence[Pair], machines: M
     def quote(name: str) -> Accuracy:
         return accuracy[name]
 
-    columns: list[Column[Pair]] = [
+    columns: list[Column[Comparison]] = [
         Column("FasterNet", lambda pair: pair.own),
         Column("top-1, %", lambda pair: quote(pair.own).top1, ".1f"),
         Column("source", lambda pair: quote(pair.own).source),

@@ -87,10 +87,15 @@ def _load(file: Path) -> list[Record]:
             record.created,
             record.commit or "",
         )
-        tables = (record.condition, record.values, record.attachments, record.versions)
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        tables = (record.condition, record.values, record.attachments, record.versions, record.samples)
+        is_sound = all(isinstance(text, str) for text in texts) and all(isinstance(table, dict) for table in tables)
+        if not is_sound or not all(map(_is_list_of_numbers, record.samples.values())):
             raise ValueError(f"{file} line {number} is not a record: a field has another type than it should")
     return records
+
+
+def _is_list_of_numbers(samples: object) -> bool:
+    return isinstance(samples, list) and all(isinstance(sample, int | float) for sample in samples)
 
 
 def find_machines(sources: Iterable[Source]) -> dict[str, Machine]:
@@ -118,11 +123,19 @@ def group(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, 
 
 
 def newest(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, Record]:
-    """Return the newest record per key, a stable one where there is any: unstable ones are rerun, never deleted."""
-    return {
-        name: max(members, key=lambda record: (not record.values.get("unstable"), record.created))
-        for name, members in group(records, key).items()
-    }
+    """Return the record per key that counts: unstable ones are rerun, never deleted.
+
+    What did not fail comes before what did, then what is stable, then what has more rounds, so that a quick run never
+    replaces a full one, then the newest, which of equals is the last.
+    """
+    return {name: max(reversed(members), key=_rank) for name, members in group(records, key).items()}
+
+
+def _rank(record: Record) -> tuple[bool, bool, int, str]:
+    values, lengths = record.values, map(len, record.samples.values())
+    rounds = values.get("num_blocks")  # of a ratio
+    rounds = rounds if isinstance(rounds, int) else max(lengths, default=0)
+    return "error" not in values, not values.get("unstable"), rounds, record.created
 
 
 def setting(record: Record) -> dict[str, Any]:

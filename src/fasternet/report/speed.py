@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fasternet.records import Machine, Record
-from fasternet.report.compare import scaled, speed_cell
+from fasternet.report.compare import Timing, interval_cell, scaled, speed_cell
 from fasternet.report.markup import Column, Html, figure, table
+from fasternet.report.networks import Footnotes, Row, list_rows
 from fasternet.report.provenance import describe_condition, describe_setting, number, provenance, shared_condition
+from fasternet.report.settings import Pair, Setting, list_settings
 from fasternet.report.sources import Source, comparable, group, newest, select
 
 SUITE = "training-speed"
@@ -40,6 +42,37 @@ def _table(key: str, records: Sequence[Record], machines: Mapping[str, Machine])
     ]
     title = f"Speed of training, {describe_setting(records[0])}"
     return figure(key, title, table(key, columns, records), tell_limit(records), provenance(records, machines))
+
+
+def show_steps(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
+    """Make a table of the training steps of networks for each machine and setting."""
+    settings = enumerate(list_settings(sources, machines, "steps"), start=1)
+    return [_table_steps(f"training-steps-{index}", found, machines) for index, found in settings]
+
+
+def _table_steps(key: str, found: Setting, machines: Mapping[str, Machine]) -> Html:
+    way, notes = found.ways[0], Footnotes(key)  # eager PyTorch alone
+
+    def record(row: Row) -> Record | None:
+        return found.find(row.name, row.size, way)
+
+    def timing(row: Row) -> Timing | None:
+        pair = Pair(row.name, row.size, way, row.reference or "", way)
+        return found.timings.get(pair) if row.name != row.reference else None
+
+    columns: list[Column[Row]] = [
+        Column("Network", lambda row: row.name),
+        Column("batch", lambda _: found.records[0].condition.get("batch_size"), ".0f"),
+        Column("px", lambda row: row.size, ".0f"),
+        Column("ms a step", lambda row: notes.mark(record(row)) or speed_cell(record(row), "latency_ms", ",.1f"), ""),
+        Column("images/s", lambda row: scaled(record(row), "images_per_second", 1), ",.1f"),
+        Column("ratio", lambda row: known.value if (known := timing(row)) else None, ".2f", "Time"),
+        Column("95 % interval", lambda row: interval_cell(timing(row)), "", "Time"),
+        Column("to", lambda row: row.reference if timing(row) else None, None, "Time"),
+    ]
+    content = table(key, columns, [row for row in list_rows(found) if record(row)])
+    note = "A step: forward, cross-entropy, backward, SGD, with random pictures. The ratio is to the FasterNet named."
+    return figure(key, f"Training steps ({found.label})", content, notes.show(), note, found.source(machines))
 
 
 def tell_limit(records: Sequence[Record]) -> str | None:

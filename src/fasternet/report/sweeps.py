@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from fasternet.records import Machine, Record
 from fasternet.report.compare import divide, speed_cell
-from fasternet.report.figures import list_legend
 from fasternet.report.markup import Cell, Column, Html, figure, join, table, tag
 from fasternet.report.networks import Footnotes
-from fasternet.report.plots import Line, Point, draw_plane
+from fasternet.report.plots import draw_plane
+from fasternet.report.points import Line, Point, list_legend, tell_points
 from fasternet.report.provenance import describe_condition, number, provenance
 from fasternet.report.settings import Way, read_way
 from fasternet.report.sources import Source, group, newest, select
@@ -88,7 +88,8 @@ def _show_sweep(key: str, members: Sequence[Record], machines: Mapping[str, Mach
     note = f"Ideally latency changes {sweep.ideal}; ‘of ideal’: that growth from the first to the last value, "
     note += "divided by the measured one."
     body = join([*parts, _table(key, rows, sweep, notes)])
-    return figure(key, title, body, notes.show(), note, provenance(records, machines))
+    reading = tell_points("the table") if points else None
+    return figure(key, title, body, notes.show(), note, reading, provenance(records, machines))
 
 
 def _list_rows(records: Sequence[Record]) -> list[Row]:

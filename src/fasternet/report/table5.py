@@ -10,7 +10,7 @@ from fasternet.report.compare import Timing, divide, interval_cell, printed, sca
 from fasternet.report.markup import Cell, Column, Html, figure, table
 from fasternet.report.networks import Footnotes
 from fasternet.report.provenance import provenance
-from fasternet.report.settings import Pair, Setting, Way, list_settings, read_way
+from fasternet.report.settings import Pair, Setting, Way, has_published_size, list_settings, read_way
 from fasternet.report.sources import Source
 
 # The variants that are FasterNets of Table 3; the paper marks them as its choice in each group.
@@ -33,8 +33,8 @@ def show_table5(sources: Sequence[Source], machines: Mapping[str, Machine]) -> l
     variants = names - set(DEFAULTS.values())
     content = []
     for index, found in enumerate(list_settings(sources, machines), start=1):
-        if any(record.subject in variants for record in found.records):
-            records = [record for record in found.records if record.subject in names]
+        records = [record for record in found.records if record.subject in names and has_published_size(record)]
+        if any(record.subject in variants for record in records):
             ways = dict.fromkeys(read_way(record) for record in records if record.subject in variants)
             content.append(_table5(f"table-5-{index}", found, list(ways), rows, provenance(records, machines)))
     return content
@@ -75,8 +75,7 @@ def _table5(key: str, found: Setting, ways: Sequence[Way], rows: Sequence[Row], 
         columns += _way_columns(found, way, notes)
     breaks = [i for i in range(1, len(rows)) if rows[i]["ablation"] != rows[i - 1]["ablation"]]
     title = f"Table 5. The ablation’s variants, the paper’s numbers and those measured here ({found.label})"
-    reading = "Ratio: time relative to the paper’s choice; without an interval it is the quotient of two medians. "
-    reading += "Top-1 is quoted from the paper, not measured here."
+    reading = "Ratio: time relative to the paper’s choice. Top-1 is quoted from the paper, not measured here."
     conditions = f"Paper: {quantity.conditions}." if quantity.paper else None
     return figure(key, title, table(key, columns, rows, breaks=breaks), notes.show(), reading, STAR, conditions, small)
 
@@ -84,7 +83,7 @@ def _table5(key: str, found: Setting, ways: Sequence[Way], rows: Sequence[Row], 
 def _way_columns(found: Setting, way: Way, notes: Footnotes) -> list[Column[Row]]:
     """Return what was measured in one engine and precision."""
     quantity = found.quantity
-    sizes = {record.subject: record.condition.get("input_size") for record in found.records}
+    sizes = {r.subject: r.condition.get("input_size") for r in found.records if has_published_size(r)}
 
     def timing(row: Row) -> Timing | None:
         name, other = name_variant(row["variant"]), find_default(row)
@@ -96,11 +95,10 @@ def _way_columns(found: Setting, way: Way, notes: Footnotes) -> list[Column[Row]
         return notes.mark(record) or speed_cell(record, quantity.value, quantity.form)
 
     def time(row: Row) -> float | None:
-        if known := timing(row):
-            return known.value
-        names = name_variant(row["variant"]), find_default(row)
-        own, other = (scaled(found.find(name, sizes.get(name), way), "latency_ms", 1) for name in names)
-        return divide(own, other)
+        name, known = name_variant(row["variant"]), timing(row)
+        if name == find_default(row):
+            return 1.0 if scaled(found.find(name, sizes.get(name), way), "latency_ms", 1) else None
+        return known.value if known else None
 
     unit = "ms" if quantity.value == "latency_ms" else "images/s"
     return [

@@ -18,7 +18,7 @@ from fasternet.report.compare import (
 )
 from fasternet.report.markup import Cell, Column, Html, figure, table
 from fasternet.report.provenance import describe_setting, provenance
-from fasternet.report.settings import read_way
+from fasternet.report.settings import has_published_size, read_way
 from fasternet.report.sources import Source, comparable, group, newest, select
 
 SUITE = "deploy"
@@ -71,7 +71,7 @@ def _show(
     machines: Mapping[str, Machine],
 ) -> Html:
     first = next(iter(latest.values()))
-    quantity = select_quantity(first)
+    quantity = select_quantity(first, machines)
     paper = {row["network"].lower().replace("-", "_"): row for row in load_table("table9_forward_choice")}
     compared = newest(
         (r for r in ratios if read_timing(r) and read_way(r) == read_way(r, "baseline_")),
@@ -79,7 +79,7 @@ def _show(
     )
 
     def from_paper(form: str) -> Callable[[Row], float | None]:
-        column = _name_column(quantity, form)
+        column = _name_column(quantity, form) if has_published_size(first) else ""
         return lambda row: printed(paper.get(row.network, {}), column) if row.memory_format == "contiguous" else None
 
     def here(form: str) -> Callable[[Row], Cell | None]:
@@ -120,4 +120,4 @@ def _name(row: Row, form: str) -> str:
 def _name_column(quantity: Quantity, form: str) -> str:
     if not quantity.paper:
         return ""
-    return f"cpu_{form}_ms" if quantity.device == "CPU" else f"gpu_{form}_images_per_second"
+    return f"{quantity.device.lower()}_{form}_{'ms' if quantity.value == 'latency_ms' else 'images_per_second'}"
