@@ -24,9 +24,7 @@ from fasternet.report.sources import Source, newest, select
 Verdict = Literal["holds", "partly", "does not hold", "not run"]
 VERDICTS: tuple[Verdict, ...] = ("holds", "partly", "does not hold", "not run")
 SUITES = ("networks", "operators")
-WRAPPED = (
-    "display: block; width: min(38vw, 20rem); white-space: normal"  # sentences, beside a column that stays in place
-)
+WRAPPED = "display: block; white-space: normal; width: "  # sentences, beside a column that stays in place
 
 
 class Speed(NamedTuple):

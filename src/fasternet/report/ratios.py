@@ -15,10 +15,7 @@ from fasternet.report.sources import Source, comparable, newest, select
 
 PLOT_WIDTH, PLOT_HEIGHT = 132, 30  # CSS pixels
 MAX_OPEN_ROWS = 60
-DISTINGUISHING = (
-    *("baseline", "baseline_engine", "baseline_precision", "best_engines"),
-    *("input_size", "channels", "height", "width", "passes"),
-)
+DISTINGUISHING = ("baseline", "input_size", "channels", "height", "width")
 
 
 def is_control(ratio: Record) -> bool:
@@ -29,10 +26,14 @@ def is_control(ratio: Record) -> bool:
 def list_ratios(sources: Sequence[Source]) -> list[tuple[Record, Timing]]:
     """Return the newest of every ratio of times; the A/A controls stay out, each ratio tells their spread."""
     ratios = [r for r in select(sources, "ratio") if read_timing(r) and not is_control(r)]
-    latest = newest(
-        ratios,
-        lambda r: (r.suite, r.subject, comparable(r), *(str(r.condition.get(name)) for name in DISTINGUISHING)),
-    )
+
+    def identify(ratio: Record) -> tuple[object, ...]:
+        condition = ratio.condition
+        told = (condition.get("passes", "forward"), bool(condition.get("best_engines")))
+        known = (ratio.suite, ratio.subject, comparable(ratio), read_way(ratio, "baseline_"))
+        return (*known, *told, *(str(condition.get(name)) for name in DISTINGUISHING))
+
+    latest = newest(ratios, identify)
     return [(record, timing) for record in latest.values() if (timing := read_timing(record))]
 
 
