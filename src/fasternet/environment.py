@@ -61,7 +61,7 @@ def describe_software() -> dict[str, str]:
 
 @functools.cache
 def find_commit() -> str | None:
-    """Return the commit of the source tree (with ``+changes`` where it is dirty), or None outside of one."""
+    """Return the commit of the source tree, with ``+changes`` where the package was changed, or None outside of one."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "--short=12", "HEAD")
@@ -70,7 +70,7 @@ def find_commit() -> str | None:
         return None
     if not tracked:
         return None
-    return commit + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    return commit + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".") else "")
 
 
 def create_record(

@@ -118,9 +118,11 @@ def print_ratios(records: Sequence[Record], paper_ms: Mapping[str, float]) -> No
 
 
 def _label(record: Record, subject: str | None = None) -> str:
-    """Return the name of a row: the subject; of an operator also its shape."""
+    """Return the name of a row: the subject; of an operator also its shape, in a sweep the value."""
     shape = [str(record.condition[key]) for key in ("channels", "height", "width") if key in record.condition]
-    return " ".join(filter(None, (subject or record.subject, "x".join(shape))))
+    swept = record.condition.get("sweep")
+    value = f"{swept} {record.condition[swept]}" if swept else ""
+    return " ".join(filter(None, (subject or record.subject, "x".join(shape), value)))
 
 
 def _describe(record: Record, baseline: str | None = None) -> str:

@@ -22,7 +22,10 @@ from fasternet.report.points import Line, Point, assign_markers
 
 SIZES = {"wide": (540, 400), "narrow": (343, 320)}  # CSS pixels
 MARGINS = {"left": 46, "right": 10, "bottom": 40, "top": 30}
-TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(n / 10 for n in range(10, 100)))  # in a decade
+TICKS = (  # in a decade, the coarsest first
+    *((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)),
+    tuple(n / 10 for n in range(10, 100)),
+)
 MAX_MARKED_EPOCHS = 40
 TIP_CHARACTER, LINE_HEIGHT = 6.6, 15  # of a point's name, CSS pixels
 # Stand-ins that no one else uses, each replaced by a CSS variable once matplotlib has written the SVG.
