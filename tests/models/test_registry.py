@@ -7,7 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from fasternet.models import VARIANTS, WEIGHTS, create_model, list_models, registry, save_checkpoint
+from fasternet.models import (
+    VARIANTS,
+    WEIGHTS,
+    create_ablation,
+    create_model,
+    list_models,
+    registry,
+    save_checkpoint,
+)
 from fasternet.models.convert import to_format
 
 
@@ -186,3 +194,12 @@ def test_pretrained_that_cannot_be_fetched_is_one_sentence(published, hub, sourc
     with pytest.raises(ConnectionError, match=r"cannot download .*404.*give a file with checkpoint_path") as caught:
         create_model("fasternet_t0", pretrained=True, source=source)
     assert "\n" not in str(caught.value)
+
+
+def test_table_5_refuses_what_was_never_published():
+    with pytest.raises(ValueError, match=r"variant 'T0\* ReLU' of Table 5 cannot be built: .* never published"):
+        create_ablation("T0* ReLU")
+    with pytest.raises(ValueError, match=r"variant 'T0 r=1/3' is not one of Table 5: T0\* r=1/2, T0 r=1/4, "):
+        create_ablation("T0 r=1/3")
+    with pytest.raises(ValueError, match="unknown option colour"):
+        create_ablation("T0 LN", colour=1)
