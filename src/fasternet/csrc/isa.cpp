@@ -1,0 +1,49 @@
+// The code of one instruction set. Compiled once for each, with that set's flags and one of FN_ISA_*.
+#include <stdint.h>
+#include <time.h>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "plan.h"
+
+#if defined(FN_ISA_PORTABLE)
+#define FN_NAMESPACE portable
+#elif defined(FN_ISA_AVX2)
+#define FN_NAMESPACE avx2
+#elif defined(FN_ISA_AVX512)
+#define FN_NAMESPACE avx512
+#elif defined(FN_ISA_AVX512_BF16)
+#define FN_NAMESPACE avx512_bf16
+#elif defined(FN_ISA_AMX)
+#define FN_NAMESPACE amx
+#endif
+#define FN_STRING(x) FN_QUOTE(x)
+#define FN_QUOTE(x) #x
+
+namespace fn::FN_NAMESPACE {
+
+inline double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+#include "vec.h"
+
+#include "gemm.h"
+
+#include "layers.h"
+
+#if defined(FN_HAS_DPBF16)
+extern const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
+#else
+extern const Kernels FP32 = create_kernels<Fp32>(FN_STRING(FN_NAMESPACE), "fp32");
+#if defined(FN_ISA_PORTABLE)
+extern const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
+#endif
+#endif
+
+} // namespace fn::FN_NAMESPACE
