@@ -27,10 +27,12 @@ def test_imports_point_down():
 
 def test_public_names_are_these():
     assert fasternet.__all__ == [
+        "CpuEngine",
         "FasterNet",
         "FasterNetConfig",
         "PConv2d",
         "Predictor",
+        "choose_engine",
         "count_costs",
         "create_model",
         "create_network",
@@ -43,6 +45,7 @@ def test_public_names_are_these():
         "pconv2d",
         "pconv2d_",
         "save_checkpoint",
+        "use_native_blocks",
     ]
     for name in fasternet.__all__:
         assert getattr(fasternet, name).__doc__
@@ -61,7 +64,7 @@ def test_modules_say_what_they_are():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-@pytest.mark.parametrize("module", ["fasternet", "fasternet.cli", "fasternet.report", "fasternet.records"])
+@pytest.mark.parametrize("module", ["fasternet", "fasternet.cli", "fasternet.report", "fasternet.records", "fasternet.deploy"])
 def test_import_stays_light(module):
     heavy = "torch", "torchvision", "timm", "matplotlib", "sklearn", "numpy", "PIL"
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasternet.complexity import count_costs
-    from fasternet.deploy import create_runtime, fold_batch_norm, optimize_for_inference
+    from fasternet.deploy import (
+        CpuEngine,
+        choose_engine,
+        create_runtime,
+        fold_batch_norm,
+        optimize_for_inference,
+        use_native_blocks,
+    )
     from fasternet.models import (
         FasterNet,
         FasterNetConfig,
@@ -24,10 +31,12 @@ if TYPE_CHECKING:
     from fasternet.rivals import create_network
 
 _HOMES = {
+    "CpuEngine": "deploy",
     "FasterNet": "models",
     "FasterNetConfig": "models",
     "PConv2d": "ops",
     "Predictor": "predict",
+    "choose_engine": "deploy",
     "count_costs": "complexity",
     "create_model": "models",
     "create_network": "rivals",
@@ -40,15 +49,18 @@ _HOMES = {
     "pconv2d": "ops",
     "pconv2d_": "ops",
     "save_checkpoint": "models",
+    "use_native_blocks": "deploy",
 }
 
 __version__ = "0.3.0"
 
 __all__ = [
+    "CpuEngine",
     "FasterNet",
     "FasterNetConfig",
     "PConv2d",
     "Predictor",
+    "choose_engine",
     "count_costs",
     "create_model",
     "create_network",
@@ -61,6 +73,7 @@ __all__ = [
     "pconv2d",
     "pconv2d_",
     "save_checkpoint",
+    "use_native_blocks",
 ]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 SCHEMA = 1
 KINDS = (
-    *("latency", "ratio", "cost", "difference", "machine_peak", "fault"),
+    *("latency", "ratio", "stage", "cost", "difference", "machine_peak", "fault"),
     *("run", "epoch", "evaluation", "prediction", "data_check"),
 )
 
@@ -55,8 +55,8 @@ class Record:
 
     Attributes:
         suite: What produced it: ``operators``, ``networks``, ``train``, ``eval``, ``optimize`` ...
-        kind: What it is: ``latency``, ``ratio``, ``cost``, ``machine_peak``, ``run``, ``epoch``, ``evaluation``,
-            ``prediction``.
+        kind: What it is: ``latency``, ``ratio``, ``stage`` (a part of a network), ``cost``, ``machine_peak``, ``run``,
+            ``epoch``, ``evaluation``, ``prediction``.
         subject: The thing measured: a network, an operator, a run. For a ratio: the numerator's name.
         condition: Everything that has to be equal for two records to be comparable (batch, threads, precision ...).
         values: The numbers, units as suffixes of their names (``latency_ms``, ``macs_per_second``).

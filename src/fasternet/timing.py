@@ -331,12 +331,12 @@ class Peak:
     """The most that this machine attains.
 
     Attributes:
-        subject: "gemm" (multiply-adds a second) or "copy" (bytes a second, read and written).
+        subject: "gemm" and "registers" (multiply-adds a second), "copy" (bytes a second, read and written).
         condition: The precision and the size at which it was attained.
         per_second: The rate of the fastest block.
     """
 
-    subject: Literal["gemm", "copy"]
+    subject: Literal["gemm", "registers", "copy"]
     condition: Mapping[str, Any]
     per_second: float
 

@@ -1,4 +1,5 @@
 import json
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fasternet.benchmark import faults, networks, operators, steps, sweeps, training
+from fasternet.benchmark import engines, faults, networks, operators, steps, sweeps, training
 from fasternet.cli.bench import bench
 from fasternet.environment import create_record
 from fasternet.records import Record, load_records
@@ -103,6 +104,48 @@ def test_resuming_takes_the_records_that_are_there(tmp_path: Path, asked: list[d
     result = _run("networks", "--resume", "--json", "--out", str(path))
     assert [len(options["known"]) for options in asked] == [0, 5]
     assert len(json.loads(result.stdout)) == 5
+
+
+def test_engines_tell_rivals_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure_engines(names: Any, **options: Any) -> Iterator[Record]:
+        asked.append({"names": names, **options})
+        own = {"input_size": 224, "engine": "cpu", "precision": "fp32"}
+        values = {**LATENCY, "register_peak_share": 0.55}
+        yield create_record("engines", "latency", "FasterNet-T0", condition=own, values=values)
+        pair = {**own, "baseline": "FasterNet-T0", "baseline_engine": "openvino", "baseline_precision": "fp32"}
+        yield create_record("engines", "ratio", "FasterNet-T0", condition={**pair, "best_rival": True}, values=RATIO)
+        part = {"latency_ms": 1.5, "share": 0.25, "macs": 1e8, "isa": "avx512", "register_peak_share": 0.4}
+        yield create_record("engines", "stage", "FasterNet-T0", condition={**own, "stage": "merging 1"}, values=part)
+
+    monkeypatch.setattr(engines, "measure_engines", measure_engines)
+    path = tmp_path / "mine.jsonl"
+    arguments = ("--networks", "FasterNet-T0", "--precisions", "fp32", "--threads", "2", "--out", str(path))
+    result = _run("engines", *arguments)
+    assert (asked[0]["names"], asked[0]["precisions"], asked[0]["threads"]) == (["FasterNet-T0"], ["fp32"], 2)
+    latency, ratio, part = (line.split() for line in result.stdout.splitlines() if line.strip().startswith("FasterNet"))
+    assert latency[:2] == ["FasterNet-T0", "cpu"]
+    assert "55" in latency
+    assert " ".join(ratio[:7]) == "FasterNet-T0 cpu FasterNet-T0 openvino, the best rival"
+    assert part[2:6] == ["merging", "1", "avx512", "1.5"]
+    _run("engines", "--resume", "--out", str(path))
+    assert [len(options["known"]) for options in asked] == [0, 3]
+
+
+def test_held_to_an_instruction_set_the_command_starts_itself_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        started.append((command, env))
+        return types.SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr("subprocess.run", start)
+    monkeypatch.setattr("sys.argv", ["fasternet", "bench", "engines", "--isa", "avx2"])
+    assert CliRunner().invoke(bench, ["engines", "--isa", "avx2"]).exit_code == 3
+    ((command, environment),) = started
+    assert command[1:] == ["-m", "fasternet", "bench", "engines", "--isa", "avx2"]
+    assert (environment["ONEDNN_MAX_CPU_ISA"], environment["FASTERNET_CPU_ISA"]) == ("AVX2", "avx2")
 
 
 @pytest.mark.parametrize(("name", "module"), [("sweeps", sweeps), ("steps", steps)])

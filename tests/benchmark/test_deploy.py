@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from fasternet.benchmark import deploy, results
+from fasternet.benchmark import deploy
 from fasternet.deploy import compare_outputs
+from fasternet.timing import Peak
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(results, "NUM_QUICK_BLOCKS", 4)
+    settings = {"num_blocks": 4, "min_block_s": 1e-4, "warmup_s": 0.0}
+    monkeypatch.setattr(deploy, "choose_settings", lambda device, **_: settings)
+    monkeypatch.setattr(deploy, "measure_peaks", lambda **_: [Peak("gemm", {"precision": "fp32"}, 1e9)])
     return lambda: list(deploy.measure_deploy(["fasternet_t0"], input_size=32, quick=True))
 
 
@@ -49,7 +52,7 @@ def test_deploy_times_nothing_that_computes_another_function(measured, monkeypat
 def test_deploy_inplace_form_really_is_the_inexact_one():
     model = deploy.create_model("fasternet_t0", width=8).eval()
     x = torch.randn(2, 3, 64, 64)
-    forms = {form: deploy._create_form(model, form, "contiguous", x) for form in deploy.FORMS}
+    forms = {form: deploy.create_form(model, form, "contiguous", x) for form in deploy.FORMS}
     differences = {name: compare_outputs(form, model, x)["max_relative_difference"] for name, form in forms.items()}
     assert differences["split_cat"] < 1e-5
     assert differences["slicing"] < 1e-5

@@ -11,6 +11,7 @@ from fasternet.benchmark.networks import QUICK, list_groups, measure_networks
 from fasternet.benchmark.prepare import ABLATIONS, FASTERNETS, prepare_network
 from fasternet.benchmark.results import find_fault
 from fasternet.models.registry import create_model
+from fasternet.ops import PConv2d
 from fasternet.paper import load_table
 from fasternet.records import Record
 from fasternet.rivals import create_rival, list_rivals
@@ -23,10 +24,9 @@ SETTINGS = {"num_blocks": 4, "min_block_s": 1e-4, "warmup_s": 0.0}
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow networks and tiny blocks, against a peak that is given."""
-    monkeypatch.setattr(
-        networks, "choose_settings", lambda device, seed, track, **_: {**SETTINGS, "seed": seed, "track": track}
-    )
+    monkeypatch.setattr(networks, "choose_settings", lambda device, quick, **given: {**SETTINGS, **given})
     monkeypatch.setattr(networks, "measure_peaks", lambda **_: [Peak("gemm", {"precision": "fp32"}, 1e9)])
+    monkeypatch.setattr(networks, "measure_register_peaks", lambda *_: [])
     monkeypatch.setattr(prepare, "create_network", _create_small)
 
 
@@ -53,7 +53,7 @@ def _find(records: list[Record], kind: str) -> dict[str, Record]:
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, network: str, spoil: Callable[[Any], Any]) -> None:
     """Let the deployment of one network go wrong."""
-    deploy, create = prepare._deploy, prepare.create_runtime
+    deploy, create = prepare.deploy_network, prepare.create_runtime
 
     def deploy_wrongly(name: str, *args: Any) -> Any:
         wrong = name == network
@@ -62,7 +62,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, network: str, spoil: Callable[[Any],
         )
         return deploy(name, *args)
 
-    monkeypatch.setattr(prepare, "_deploy", deploy_wrongly)
+    monkeypatch.setattr(prepare, "deploy_network", deploy_wrongly)
 
 
 class _Spoiled:
@@ -127,11 +127,11 @@ def test_latency_record_holds_costs_rates_and_samples() -> None:
 
 def test_every_form_of_fasternet_is_deployed_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, set[str]] = {}
-    deploy = prepare._deploy
+    deploy = prepare.deploy_network
 
     def watch(name: str, oracle: Any, condition: Any, *args: Any) -> Any:
         def create(network: nn.Module, *a: Any, **k: Any) -> Any:
-            given[name] = {module.impl for module in network.modules() if isinstance(module, prepare.PConv2d)}
+            given[name] = {module.impl for module in network.modules() if isinstance(module, PConv2d)}
             return created(network, *a, **k)
 
         created = prepare.create_runtime
@@ -139,7 +139,7 @@ def test_every_form_of_fasternet_is_deployed_as_its_name_says(monkeypatch: pytes
             patch.setattr(prepare, "create_runtime", create)
             return deploy(name, oracle, condition, *args)
 
-    monkeypatch.setattr(prepare, "_deploy", watch)
+    monkeypatch.setattr(prepare, "deploy_network", watch)
     records = _measure("FasterNet-T0", "FasterNet-T0:split_cat", "FasterNet-T0:slicing")
     assert not [record for record in records if "error" in record.values]
     assert given == {
@@ -244,12 +244,26 @@ def test_layer_scale_counts_in_the_check() -> None:
         assert all(float(state[key].min()) >= 0.5 for key in small)
 
 
+def test_networks_without_an_engine_are_left_out_unless_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager form stands in for the C++ engine."""
+    groups = (("FasterNet-T0", "FasterNet-T0:slicing", "MobileNetV2"), ("ResNet50",))
+    monkeypatch.setattr(networks, "list_groups", lambda: groups)
+    monkeypatch.setattr(networks, "explain_engine", lambda *_: None)
+    monkeypatch.setattr(networks, "load_engines", lambda *_: None)
+    create = prepare.create_runtime
+    monkeypatch.setattr(prepare, "create_runtime", lambda *a, engine, **options: create(*a, engine="eager", **options))
+    records = list(measure_networks(engines=["cpu"], input_size=SIZE))
+    assert [(r.subject, r.condition["engine"]) for r in records if r.kind == "latency"] == [("FasterNet-T0", "cpu")]
+    with pytest.raises(ValueError, match="MobileNetV2 is no FasterNet that the engine cpu runs"):
+        _measure("FasterNet-T0", "MobileNetV2", engines=["cpu"])
+
+
 def test_time_left_is_told_after_each_group() -> None:
     groups = [("FasterNet-T0", "MobileNetV2"), ("FasterNet-L",)]  # 1 + 0.34 + 1 + 0.30 and 1 + 15.49
-    assert networks._tell_progress(groups, 1, 264.0) == (
+    assert networks.tell_progress(groups, 1, 264.0) == (
         "1 of 2 groups measured (FasterNet-T0) in 4 min; about 28 min left"
     )
-    assert networks._tell_progress(groups, 2, 600.0) == "2 of 2 groups measured (FasterNet-L) in 10 min"
+    assert networks.tell_progress(groups, 2, 600.0) == "2 of 2 groups measured (FasterNet-L) in 10 min"
 
 
 def test_wrong_network_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from fasternet.deploy import from_timm, optimize_for_inference
+from fasternet.deploy import explain_engine, from_timm, optimize_for_inference
 from fasternet.models import create_model
 
 
@@ -18,6 +18,11 @@ def randomise(model):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
     return model.eval()
+
+
+def require(engine, precision="fp32"):
+    if (reason := explain_engine(engine, precision)) is not None:
+        pytest.skip(reason)
 
 
 def relative_difference(a, b):
@@ -100,8 +105,10 @@ def test_optimize_gives_reasons():
     assert many["pointwise"].startswith("convolutions")
 
 
-def test_optimized_network_refuses_training_and_records_no_gradient():
-    optimized = optimize_for_inference(create_model("fasternet_t0", width=8))
+@pytest.mark.parametrize("engine", ["eager", "cpu"])
+def test_optimized_network_refuses_training_and_records_no_gradient(engine):
+    require(engine)
+    optimized = optimize_for_inference(create_model("fasternet_t0", width=8), engine=engine)
     with pytest.raises(ValueError, match="inference only"):
         optimized.train()
     assert optimized.eval() is optimized
@@ -115,11 +122,44 @@ def test_optimized_network_refuses_training_and_records_no_gradient():
         (nn.Linear(2, 2), {}, "Linear"),
         (None, {"engine": "magic"}, "engine 'magic' is not one of"),
         (None, {"batch_size": 0}, "batch_size"),
+        (None, {"precision": "bf16"}, "precision and threads are options of engine cpu"),
+        (None, {"threads": 2}, "precision and threads are options of engine cpu"),
+        (None, {"engine": "cpu", "threads": 0}, "threads=0 must be at least 1|library"),
+        (None, {"engine": "cpu", "precision": "int8"}, "precision must be one of fp32, bf16"),
     ],
 )
 def test_optimize_refuses_with_the_argument_named(model, options, match):
     with pytest.raises(ValueError, match=match):
         optimize_for_inference(model or create_model("fasternet_t0", width=8), **options)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_cpu_engine_keeps_the_function(precision, limit):
+    require("cpu", precision)
+    model = randomise(create_model("fasternet_t0", width=8))
+    x = torch.randn(2, 3, 64, 96)
+    optimized = optimize_for_inference(model, engine="cpu", precision=precision)
+    with torch.no_grad():
+        assert relative_difference(optimized(x), model(x)) <= limit
+    assert set(optimized.reasons) == {"engine", "norm", "isa"}
+
+
+def test_bf16_without_hardware_is_refused_with_the_reason(monkeypatch):
+    require("cpu")
+    monkeypatch.setattr("fasternet.native.explain_native", lambda isa=None, precision="fp32": "the processor lacks it")
+    with pytest.raises(ValueError, match="the processor lacks it"):
+        optimize_for_inference(create_model("fasternet_t0", width=8), engine="cpu", precision="bf16")
+
+
+def test_auto_takes_the_faster_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fasternet.deploy.optimize.TRIAL_SIZE", 32)
+    model = randomise(create_model("fasternet_t0", width=8, depths=(1, 1, 1, 1), head_width=16))
+    optimized = optimize_for_inference(model, engine="auto")
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_difference(optimized(x), model(x)) <= 1e-5
+    assert "choice" in optimized.reasons
 
 
 def test_optimized_network_exports_to_the_same_function():

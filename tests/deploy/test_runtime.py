@@ -31,11 +31,14 @@ def create_convnet():
 
 
 NETWORKS = {"fasternet": create_fasternet, "convnet": create_convnet}
+TAKEN = {"cpu": ("fasternet",)}
 OFFERED = {
     "eager": ("fp32", "bf16"),
     "compile": ("fp32", "bf16"),
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
+    "cpu": ("fp32", "bf16"),
+    "auto": (),  # one of the others
 }
 
 
@@ -67,7 +70,12 @@ def differ(a, b):
 
 @pytest.mark.parametrize(
     ("engine", "precision", "create"),
-    [mark(engine, precision, network) for engine in ENGINES for precision in OFFERED[engine] for network in NETWORKS],
+    [
+        mark(engine, precision, network)
+        for engine in ENGINES
+        for precision in OFFERED[engine]
+        for network in TAKEN.get(engine, NETWORKS)
+    ],
 )
 def test_engine_computes_the_networks_function(engine, precision, create):
     require(engine, precision)
@@ -134,6 +142,14 @@ def test_memory_format_keeps_the_function(engine, memory_format):
         assert differ(create_runtime(model, x, engine=engine, memory_format=memory_format)(x), expected) <= 1e-4
 
 
+def test_cpu_engine_takes_its_threads_and_timms_fasternet():
+    require("cpu")
+    model, x, expected = prepare(lambda: timm.create_model("fasternet_t0", embed_dim=8, num_classes=10))
+    runtime = create_runtime(model, x, engine="cpu", threads=torch.get_num_threads() + 1)
+    assert differ(runtime(x), expected) <= 1e-5
+    assert "C++" in runtime.reasons["engine"]
+
+
 def test_timms_fasternet_and_networks_that_can_be_reparameterised_are_taken():
     for name in ("fasternet_t0", "repvit_m0_9"):
         model, x, expected = prepare(lambda name=name: timm.create_model(name), 1)
@@ -182,6 +198,13 @@ def test_runtime_refuses_other_pictures(x, match):
             "engine eager cannot run this network in fp32: RuntimeError: .*channels",
         ),
         ({"model": create_model("fasternet_t0", width=8, features_only=True)}, "no tensor of logits, but a list"),
+        (
+            {"model": create_model("fasternet_t0", width=8, features_only=True), "engine": "cpu"},
+            "no tensor of logits, but a list|library",
+        ),
+        ({"engine": "cpu"}, r"it is a Sequential, and only a FasterNet runs whole in C\+\+: take eager, |library"),
+        ({"model": create_model("fasternet_t0", width=8, norm="ln"), "engine": "cpu"}, "has no norm 'ln'|library"),
+        ({"engine": "cpu", "precision": "int8"}, "engine cpu has no int8: it computes in fp32 or bf16"),
     ],
     ids=str,
 )
@@ -207,17 +230,32 @@ def test_explain_engine_names_the_hardware(monkeypatch):
     machine = describe_machine()
     for sets, ready in ((("avx2",), False), (("avx2", "amx_bf16"), True), (("avx512_bf16",), True)):
         changed = type(machine)(**{**vars(machine), "instruction_sets": sets, "processor": "Old One"})
-        monkeypatch.setattr("fasternet.deploy.runtime.describe_machine", lambda changed=changed: changed)
+        monkeypatch.setattr("fasternet.deploy.engines.describe_machine", lambda changed=changed: changed)
         assert (explain_engine("eager", "bf16") is None) == ready
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert explain_engine("eager", device="cuda") == "no CUDA device is visible to torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert explain_engine("eager", device="cuda") is None
-    assert "CPU alone" in explain_engine("onnxruntime", device="cuda")
+    for engine in ("onnxruntime", "cpu"):
+        assert "CPU alone" in explain_engine(engine, device="cuda")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler" in explain_engine("compile")
     with pytest.raises(ValueError, match="device 'tpu' is not one of cpu, cuda"):
         explain_engine("eager", device="tpu")
+
+
+def test_explain_engine_says_of_auto_whether_there_is_one(monkeypatch):
+    assert explain_engine("auto") is None
+    assert (explain_engine("auto", "int8") is None) == (None in map(explain_engine, ENGINES[2:4], ["int8"] * 2))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert explain_engine("auto", "int8").startswith("engine auto finds none for int8 on cpu: eager, onnxruntime")
+
+
+def test_explain_engine_says_why_the_library_cannot_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTERNET_NATIVE_LIBRARY", str(tmp_path / "none.so"))
+    assert "none.so" in explain_engine("cpu")
+    with pytest.raises(ValueError, match=r"none\.so"):
+        create_runtime(create_fasternet(), torch.zeros(1, 3, 64, 64), engine="cpu")
 
 
 def test_openvino_that_does_not_take_the_threads_is_refused():

@@ -15,6 +15,7 @@ def draw(channels, partial, height, width, *, kernel_size=3, start=0):
         expand_bias=torch.randn(2 * channels),
         project=torch.randn(channels, 2 * channels, 1, 1) / channels**0.5,
         start=start,
+        project_bias=torch.randn(channels) if start else None,
     )
     return torch.randn(2, channels, height, width), weights
 

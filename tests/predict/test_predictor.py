@@ -77,7 +77,9 @@ def test_predictor_gives_the_networks_probabilities_in_order(predictor, model_fo
         assert probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "bf16")])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "bf16"), ("cpu", "fp32"), ("cpu", "bf16")]
+)
 def test_predictor_runs_in_other_engines(predictor, model_folder, pictures, engine, precision) -> None:
     if reason := explain_engine(engine, precision):
         pytest.skip(reason)

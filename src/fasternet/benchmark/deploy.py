@@ -136,7 +136,7 @@ def _create_candidates(
     costs = count_costs(model, tuple(x.shape))
     forms: list[tuple[str, nn.Module, str]] = [("optimized", optimized, "channels_last")]
     for form, memory_format in itertools.product(FORMS, MEMORY_FORMATS):
-        forms += [(form, _create_form(model, form, memory_format, x), memory_format)]
+        forms += [(form, create_form(model, form, memory_format, x), memory_format)]
     candidates = []
     for form, network, memory_format in forms:
         given = x if form == "optimized" else x.to(memory_format=MEMORY_FORMATS[memory_format])
@@ -164,7 +164,8 @@ def _describe(
     )
 
 
-def _create_form(model: FasterNet, form: str, memory_format: str, x: Tensor) -> nn.Module:
+def create_form(model: FasterNet, form: str, memory_format: str, x: Tensor) -> nn.Module:
+    """Return a network with BN folded and PConv in one of ``FORMS`` or of ``list_impls``, in a memory format."""
     folded = fold_batch_norm(model, x[:1])
     for module in folded.modules():
         if isinstance(module, PConv2d) and form != "inplace":

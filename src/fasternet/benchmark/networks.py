@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fasternet.benchmark.prepare import FASTERNETS, Setup, find_input_size, load_engines, prepare_network
+from fasternet.benchmark.prepare import ABLATIONS, FASTERNETS, Setup, find_input_size, load_engines, prepare_network
 from fasternet.benchmark.results import (
     Candidate,
     check_arguments,
@@ -20,6 +20,7 @@ from fasternet.benchmark.results import (
     create_ratio_records,
     describe_failure,
     measure_candidates,
+    measure_register_peaks,
 )
 from fasternet.deploy import explain_engine
 from fasternet.environment import create_record, describe_machine, describe_software, set_threads
@@ -72,7 +73,7 @@ def measure_networks(
         networks: One group: the paper's names, those of ``list_rivals``, ``FasterNet-T0:split_cat`` for a form of
             a FasterNet, ``FasterNet-T0 LN`` for a variant of Table 5. None runs ``list_groups()``, or with ``quick``
             the short list ``QUICK``.
-        engines: See ``create_runtime``; forms of a FasterNet run in eager PyTorch alone.
+        engines: See ``create_runtime``; forms of a FasterNet run in eager PyTorch alone, and ``cpu`` runs FasterNets.
         precisions: Likewise; what an engine does not have is left out, unless no engine has it.
         batch_size: 1 for latency, 32 for throughput.
         threads: On the CPU.
@@ -102,9 +103,12 @@ def measure_networks(
     setups = find_setups(engines, precisions, device)
     settings = choose_settings(device, quick=quick, seed=seed, track=track)
     shared = {"batch_size": batch_size, "threads": threads, "device": device}
-    if idle := [name for name in itertools.chain(*groups) if not list_setups(name, setups)]:
-        raise ValueError(f"{idle[0]} is a form of eager PyTorch in fp32, which is not among the engines")
-    done = {_identify(r.subject, r.condition) for r in known if _counts(r, settings["num_blocks"])}
+    idle = [name for name in itertools.chain(*groups) if not list_setups(name, setups)]
+    if idle and (networks or len(idle) == len(sizes)):
+        form = "is a form of eager PyTorch in fp32, which is not among the engines"
+        raise ValueError(f"{idle[0]} {form if ':' in idle[0] else 'is no FasterNet that the engine cpu runs'}")
+    groups = tuple(filter(None, (tuple(name for name in group if name not in idle) for group in groups)))
+    done = {_identify(r.subject, r.condition) for r in known if is_same_run(r, SUITE, settings["num_blocks"])}
     left = [group for group in groups if not _cover(done, group, setups, sizes, shared)]
     if len(left) < len(groups):
         say(f"measured already, and left out: {len(groups) - len(left)} of {len(groups)} groups")
@@ -114,6 +118,7 @@ def measure_networks(
         used = tuple(dict.fromkeys(precision for _, precision in setups))
         hidden: dict[str, str] = {}
         peaks = measure_peaks(precisions=used, device=device, num_blocks=settings["num_blocks"] // 4, reasons=hidden)
+        peaks += measure_register_peaks(used, threads) if device == "cpu" else []
         for precision, reason in hidden.items():
             say(f"no peak in {precision}: {reason}")
         yield from create_peak_records(SUITE, peaks, {"threads": threads, "device": device})
@@ -122,7 +127,7 @@ def measure_networks(
         for number, group in enumerate(left, start=1):
             conditions = {name: {"input_size": sizes[name], **shared} for name in group}
             yield from _measure_group(conditions, setups, peaks, moment, settings)
-            say(_tell_progress(left, number, time.monotonic() - begin))
+            say(tell_progress(left, number, time.monotonic() - begin))
 
 
 def find_setups(engines: Sequence[str], precisions: Sequence[str], device: str) -> list[Setup]:
@@ -145,14 +150,19 @@ def find_setups(engines: Sequence[str], precisions: Sequence[str], device: str) 
 
 
 def list_setups(name: str, setups: Sequence[Setup]) -> list[Setup]:
-    """Return the engines and precisions that a network runs in; a form of a FasterNet is one of eager PyTorch."""
-    return [setup for setup in setups if ":" not in name or setup == ("eager", "fp32")]
+    """Return the engines and precisions that a network runs in.
+
+    A form of a FasterNet is one of eager PyTorch, and ``cpu`` runs what is a FasterNet whose BN can be folded.
+    """
+    has_cpu = name in FASTERNETS or (name in ABLATIONS and not name.endswith(" LN"))
+    own = [setup for setup in setups if has_cpu or setup[0] != "cpu"]
+    return [setup for setup in own if ":" not in name or setup == ("eager", "fp32")]
 
 
-def _counts(record: Record, num_blocks: int) -> bool:
+def is_same_run(record: Record, suite: str, num_blocks: int) -> bool:
     """Whether a latency of an earlier run stands for one that would be measured now."""
     return (
-        (record.suite, record.kind, record.machine) == (SUITE, "latency", describe_machine().id)
+        (record.suite, record.kind, record.machine) == (suite, "latency", describe_machine().id)
         and dict(record.versions) == describe_software()
         and len(record.samples.get("latency_ms", ())) >= num_blocks
     )
@@ -177,7 +187,7 @@ def _cover(
     )
 
 
-def _tell_progress(groups: Sequence[Sequence[str]], number: int, seconds: float) -> str:
+def tell_progress(groups: Sequence[Sequence[str]], number: int, seconds: float) -> str:
     """Say how far a run is; the rest is estimated from multiply-adds and, for building them, the networks' number."""
     work = [sum(1 + float(_TABLE3.get(n.partition(":")[0], {}).get("macs_g", 1)) for n in group) for group in groups]
     rest = seconds * sum(work[number:]) / sum(work[:number])

@@ -2,26 +2,29 @@
 
 BN is folded and branches are re-parameterised wherever they can be; in eager PyTorch each network runs in the memory
 format that suits it better. FasterNet stands in as this package deploys it, and in eager PyTorch beside it by name in
-two other forms with BN folded: ``split_cat``, and ``slicing``, the published clone-then-write.
+other forms with BN folded: ``split_cat``, and ``slicing``, the published clone-then-write; where it is asked for, also
+``inplace``, which is not exact, and compiled with ``max_autotune``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from fasternet.benchmark.deploy import FORMS, INEXACT, create_form
 from fasternet.benchmark.memory import measure_peak_memory
 from fasternet.benchmark.results import BYTES, MEMORY_FORMATS, Candidate, WrongOutputError, describe_failure, find_fault
 from fasternet.complexity import Costs, count_costs
-from fasternet.deploy import create_runtime, fold_batch_norm
+from fasternet.deploy import create_runtime
 from fasternet.environment import create_record
-from fasternet.models import create_ablation, create_model, list_ablations, list_models
-from fasternet.ops import PConv2d, list_impls
+from fasternet.models import FasterNet, create_ablation, create_model, list_ablations, list_models
+from fasternet.ops import list_impls
 from fasternet.records import Record
 from fasternet.rivals import create_rival, find_rival, randomize_batch_norm
 from fasternet.timing import measure, silent
@@ -63,9 +66,10 @@ def find_input_size(name: str) -> int:
 def load_engines(setups: Sequence[Setup], device: str) -> None:
     """Run each engine once, so that no network's memory and loading time hold the engine's own."""
     tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 10)).eval().to(device)
+    own = create_model("fasternet_t0", width=8, depths=(1, 1, 1, 1), head_width=16).eval()
     x = torch.zeros(1, 3, 32, 32, device=device)
     for engine, precision in setups:
-        create_runtime(tiny, x, engine=engine, precision=precision)(x)
+        create_runtime(own if engine == "cpu" else tiny, x, engine=engine, precision=precision)(x)
 
 
 def prepare_network(
@@ -85,7 +89,7 @@ def prepare_network(
     """
     fail = functools.partial(_fail, suite, name, condition)
     try:
-        oracle = _create_oracle(name, condition, settings["seed"])
+        oracle = create_oracle(name, condition, settings["seed"])
     except Exception as error:
         yield from (fail(setup, describe_failure(error)) for setup in setups)
         return
@@ -97,7 +101,7 @@ def prepare_network(
     for engine, precision in setups:
         own = {**condition, "engine": engine, "precision": precision}
         try:
-            yield _deploy(name, oracle, own, costs, settings)
+            yield deploy_network(name, oracle, own, costs, settings)
         except Exception as error:
             yield fail((engine, precision), describe_failure(error))
 
@@ -108,7 +112,8 @@ def _fail(suite: str, name: str, condition: Mapping[str, Any], setup: Setup, fau
 
 
 @torch.no_grad()
-def _create_oracle(name: str, condition: Mapping[str, Any], seed: int) -> Oracle:
+def create_oracle(name: str, condition: Mapping[str, Any], seed: int) -> Oracle:
+    """Build a network with random weights and BN statistics, and let it say what it computes from a batch of noise."""
     size, batch_size, device = (condition[key] for key in ("input_size", "batch_size", "device"))
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -138,21 +143,28 @@ def create_network(network: str) -> nn.Module:
     return create_rival(network)
 
 
-def _deploy(
+def deploy_network(
     name: str, oracle: Oracle, condition: Mapping[str, Any], costs: Mapping[str, int], settings: Mapping[str, Any]
 ) -> Candidate:
     """Return the network in an engine, ready to be timed.
 
+    Args:
+        name: As in ``measure_networks``; ``:inplace`` and ``:max_autotune`` are forms too.
+        oracle: The network, by ``create_oracle``.
+        condition: With the engine and the precision.
+        costs: Of one picture.
+        settings: Of ``timing.measure``, for the trial of memory formats.
+
     Raises:
         Exception: Whatever an engine raises; ``WrongOutputError`` where it computes something else.
     """
-    network, impl = oracle.network, name.partition(":")[2]
+    network, form = oracle.network, name.partition(":")[2]
     engine, precision, threads = (condition[key] for key in ("engine", "precision", "threads"))
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"exact": False, "remark": INEXACT} if form == "inplace" else {}
     options: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads}
-    if impl:
-        network = _take_form(network, impl, oracle.x)
-    if engine == "eager" and (impl or not name.startswith("FasterNet")):
+    if form in (*FORMS, *list_impls()):  # not as this package would deploy it
+        network = nn.Sequential(create_form(cast(FasterNet, network), form, "contiguous", oracle.x))
+    if engine == "eager" and (form or not name.startswith("FasterNet")):
         trial_ms = _try_memory_formats(network, oracle.x, options, settings)
         options["memory_format"] = min(trial_ms, key=trial_ms.__getitem__)
         notes["memory_format_trial_ms"] = trial_ms
@@ -160,12 +172,13 @@ def _deploy(
     x = oracle.x.to(memory_format=MEMORY_FORMATS[options.get("memory_format", "contiguous")])
 
     def create() -> Callable[[], Tensor]:
-        runtime = create_runtime(network, x, **options)
+        with _tune() if form == "max_autotune" else contextlib.nullcontext():
+            runtime = create_runtime(network, x, **options)
         notes.update(load_s=runtime.load_s, file_bytes=runtime.file_bytes)
         return functools.partial(runtime, x)
 
     call, peak_mib = measure_peak_memory(create, condition["device"])
-    for _ in range(2):  # also after it has run on the same input
+    for _ in range(0 if form == "inplace" else 2):  # also after it has run on the same input
         if fault := find_fault(call(), oracle.expected, precision):  # type: ignore[arg-type]
             raise WrongOutputError(fault)
     notes |= {"peak_memory_mib": peak_mib if math.isfinite(peak_mib) else None, "speed_only": precision == "int8"}
@@ -173,13 +186,11 @@ def _deploy(
     return Candidate(f"{name} {engine} {precision}", call, condition, costs, num_bytes, notes, subject=name)
 
 
-def _take_form(network: nn.Module, impl: str, x: Tensor) -> nn.Module:
-    """Return the network with its BN folded and a form of PConv; not as this package would deploy it."""
-    folded = fold_batch_norm(network, x)
-    for module in folded.modules():
-        if isinstance(module, PConv2d):
-            module.impl = impl
-    return nn.Sequential(folded)
+def _tune() -> contextlib.AbstractContextManager[None]:
+    """Let the compiler try its kernels for each matrix product, and take the fastest."""
+    from torch._inductor import config
+
+    return cast(contextlib.AbstractContextManager[None], config.patch(max_autotune=True))
 
 
 def _try_memory_formats(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasternet import native
 from fasternet.environment import create_record, describe_machine
 from fasternet.records import Record, append_records, save_machine
 from fasternet.timing import Measurement, Peak, Track, measure
@@ -107,9 +108,25 @@ def describe_failure(error: Exception) -> str:
     return f"failed: {text}"
 
 
+def measure_register_peaks(precisions: Sequence[str], threads: int) -> list[Peak]:
+    """Measure the multiply-adds that this processor's cores do in registers, where the C++ engine is built.
+
+    Args:
+        precisions: What the engine does not have here is left out.
+        threads: Cores that compute, each as fast as the one that is measured.
+    """
+    peaks = []
+    for precision in precisions:
+        if precision in native.PRECISIONS and native.explain_native(precision=precision) is None:
+            isa, _ = native.select_isa(None, precision)
+            rate = threads * native.measure_peak(isa, precision)
+            peaks.append(Peak("registers", {"precision": precision, "isa": isa}, rate))
+    return peaks
+
+
 def create_peak_records(suite: str, peaks: Sequence[Peak], condition: Mapping[str, Any]) -> Iterator[Record]:
     """Record what the machine attains."""
-    units = {"gemm": "macs_per_second", "copy": "bytes_per_second"}
+    units = {"gemm": "macs_per_second", "registers": "macs_per_second", "copy": "bytes_per_second"}
     for peak in peaks:
         values = {units[peak.subject]: peak.per_second}
         yield create_record(
@@ -223,7 +240,8 @@ def _create_latency_record(
     images_per_second = candidate.condition["batch_size"] * calls_per_second
     macs_per_second = candidate.costs["macs"] * images_per_second
     precision = candidate.condition["precision"]
-    gemms = [p.per_second for p in peaks if p.subject == "gemm" and p.condition.get("precision", "fp32") == precision]
+    known = [peak for peak in peaks if peak.condition.get("precision", "fp32") == precision]
+    gemms, registers = ([p.per_second for p in known if p.subject == subject] for subject in ("gemm", "registers"))
     values = {
         **latency,
         **candidate.costs,
@@ -231,6 +249,7 @@ def _create_latency_record(
         "macs_per_second": macs_per_second,
         "bytes_per_second": candidate.num_bytes * calls_per_second or None,
         "peak_share": macs_per_second / max(gemms) if gemms else None,
+        **({"register_peak_share": macs_per_second / max(registers)} if registers else {}),
         **candidate.notes,
         **moment,
     }

@@ -22,7 +22,7 @@ def list_fast_engines(device: str) -> list[str]:
     """Return eager PyTorch and what else is ready; on a CPU compiling has to be asked for, as it takes minutes."""
     from fasternet.deploy import explain_engine
 
-    engines, kind = (("onnxruntime", "openvino"), "cpu") if device == "cpu" else (("compile",), "cuda")
+    engines, kind = (("onnxruntime", "openvino", "cpu"), "cpu") if device == "cpu" else (("compile",), "cuda")
     return ["eager", *(engine for engine in engines if explain_engine(engine, "fp32", kind) is None)]
 
 
@@ -41,6 +41,7 @@ def finish(
         _print_differences([record for record in written if record.kind == "difference"])
         _print_latencies([record for record in written if record.kind == "latency"], paper_ms)
         print_ratios([record for record in written if record.kind == "ratio"], paper_ms)
+        _print_stages([record for record in written if record.kind == "stage"])
     note_end(path, written)
 
 
@@ -83,15 +84,18 @@ def print_speeds(records: Sequence[Record]) -> None:
 
 
 def _print_latencies(records: Sequence[Record], paper_ms: Mapping[str, float]) -> None:
-    columns = ("", "GMACs", "paper ms", "ms", "min ms", "p90 ms", "GMACs/s", "of peak %", "images/s", "remark")
+    fields = {
+        **{"latency_ms": ("ms", 1), "latency_ms_min": ("min ms", 1), "latency_ms_p90": ("p90 ms", 1)},
+        **{"macs_per_second": ("GMACs/s", 1e9), "peak_share": ("of peak %", 0.01)},
+        **{"register_peak_share": ("of registers %", 0.01), "images_per_second": ("images/s", 1)},
+    }
+    if not any("register_peak_share" in record.values for record in records):
+        del fields["register_peak_share"]
+    columns = ("", "GMACs", "paper ms", *(label for label, _ in fields.values()), "remark")
     rows = []
     for record in records:
         values: Mapping[str, Any] = record.values
-        units = {
-            **{"latency_ms": 1, "latency_ms_min": 1, "latency_ms_p90": 1},
-            **{"macs_per_second": 1e9, "peak_share": 0.01, "images_per_second": 1},
-        }
-        scaled = [None if values.get(name) is None else values[name] / unit for name, unit in units.items()]
+        scaled = [None if values.get(name) is None else values[name] / unit for name, (_, unit) in fields.items()]
         macs = values["macs"] / 1e9 if "macs" in values else None
         remark = values.get("error") or values.get("remark") or ("unstable" if values["unstable"] else "")
         remark = remark or ("speed only" if values.get("speed_only") else "")
@@ -111,10 +115,24 @@ def print_ratios(records: Sequence[Record], paper_ms: Mapping[str, float]) -> No
         paper_ratio = above / below if above and below and record.subject != other else None
         against = "itself (A/A control)" if own == theirs else theirs
         own += " (fastest engine of each)" if condition.get("best_engines") else ""
+        against += ", the best rival" if condition.get("best_rival") else ""
         interval = f"{values['low']:.3f} to {values['high']:.3f}"
         spread = 100 * values["a_a_spread"]
         rows.append((own, against, paper_ratio, values["ratio"], interval, spread, values["verdict"]))
     print_table(columns, rows, title="Times as multiples of another's: above 1 is slower")
+
+
+def _print_stages(records: Sequence[Record]) -> None:
+    """Print where the time of the CPU engine goes."""
+    if not records:
+        return
+    units = {"latency_ms": 1, "share": 0.01, "macs": 1e9, "macs_per_second": 1e9, "register_peak_share": 0.01}
+    rows: list[tuple[object, ...]] = []
+    for record in records:
+        scaled = [None if record.values.get(name) is None else record.values[name] / units[name] for name in units]
+        rows.append((_describe(record), record.condition["stage"], record.values["isa"], *scaled))
+    columns = ("", "part", "instructions", "ms", "of the time %", "GMACs", "GMACs/s", "of registers %")
+    print_table(columns, rows, title="The CPU engine, part by part")
 
 
 def _label(record: Record, subject: str | None = None) -> str:

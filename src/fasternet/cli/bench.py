@@ -1,10 +1,13 @@
-"""``fasternet bench``: operators (Table 1), networks (Table 3), deployed forms (Table 9), sweeps, training, faults."""
+"""``fasternet bench``: operators (Table 1), networks (Table 3), forms (Table 9), engines, sweeps, training, faults."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,6 +23,9 @@ from fasternet.cli._measured import (
     split,
 )
 
+if TYPE_CHECKING:
+    from fasternet.records import Record
+
 bench = typer.Typer(help="Measure on this machine, beside the paper's numbers.", no_args_is_help=True)
 
 BatchSize = Annotated[int, typer.Option(help="Pictures per call: 1 for latency, 32 for throughput.", min=1)]
@@ -28,7 +34,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Engines = Annotated[
     str | None,
     typer.Option(
-        help="eager, compile, onnxruntime, openvino; separated by commas. [default: eager and the runtimes installed]"
+        help="eager, compile, onnxruntime, openvino, cpu; separated by commas. [default: eager and what is installed]"
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="A first answer: fewer blocks, fewer networks.")]
@@ -95,12 +101,8 @@ def bench_networks(
     """
     shorten_spinning()
     from fasternet.benchmark.networks import measure_networks
-    from fasternet.benchmark.results import find_results_file
-    from fasternet.records import load_records
 
-    path = out or find_results_file("networks")
-    earlier = [path] if out else sorted(path.parent.glob("*-networks.jsonl"))
-    known = [record for file in earlier if resume and file.is_file() for record in load_records(file)]
+    path, known = _find_known("networks", out, resume)
     records = measure_networks(
         split(networks),
         engines=split(engines) or list_fast_engines(device),
@@ -116,6 +118,63 @@ def bench_networks(
     )
     as_paper = threads == 1 and input_size is None
     finish("networks", records, path, as_json, read_paper("networks", device, batch_size) if as_paper else {})
+
+
+@bench.command("engines")
+def bench_engines(
+    networks: Annotated[str | None, typer.Option(help="FasterNets, separated by commas. [default: T0 to L]")] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="fp32, bf16; separated by commas. [default: what the engine has here]")
+    ] = None,
+    batch_size: BatchSize = 1,
+    threads: Threads = 1,
+    isa: Annotated[
+        str | None,
+        typer.Option(help="Hold everything to portable, avx2, avx512, avx512_bf16 or amx. [default: the processor's]"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="T0 alone, without torch.compile, in fewer blocks.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the networks that this machine's records hold already.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the CPU engine against every other way to run a FasterNet on this processor, and where its time goes.
+
+    Example: fasternet bench engines --networks "FasterNet-T0,FasterNet-T1" --isa avx2
+    """
+    shorten_spinning()
+    from fasternet.benchmark.restrict import is_restricted, list_variables
+
+    if isa and not is_restricted(variables := list_variables(isa)):
+        # The libraries read these when they are loaded, and some are loaded by now.
+        again = [sys.executable, "-m", "fasternet", *sys.argv[1:]]
+        raise typer.Exit(subprocess.run(again, env={**os.environ, **variables}, check=False).returncode)
+    from fasternet.benchmark.engines import measure_engines
+
+    path, known = _find_known("engines", out, resume)
+    records = measure_engines(
+        split(networks),
+        precisions=split(precisions),
+        batch_size=batch_size,
+        threads=threads,
+        isa=isa,
+        quick=quick,
+        track=track,
+        known=known,
+        say=note,
+    )
+    finish("engines", records, path, as_json, {})
+
+
+def _find_known(suite: str, out: Path | None, resume: bool) -> tuple[Path, list[Record]]:
+    """Return where a suite's records go, and what a run that resumes need not measure again."""
+    from fasternet.benchmark.results import find_results_file
+    from fasternet.records import load_records
+
+    path = out or find_results_file(suite)
+    earlier = [path] if out else sorted(path.parent.glob(f"*-{suite}.jsonl"))
+    return path, [record for file in earlier if resume and file.is_file() for record in load_records(file)]
 
 
 @bench.command("sweeps")

@@ -45,7 +45,7 @@ def evaluate(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Optimise for inference with eager, compile, onnxruntime or openvino first. [default: as trained]"
+            help="Optimise first, with eager, compile, onnxruntime, openvino, cpu or auto. [default: as trained]"
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Of the engine: fp32, bf16 or int8 (for its speed alone).")] = "fp32",

@@ -21,7 +21,7 @@ def pick(
     budget_ms: Annotated[float, typer.Option(help="Milliseconds that a call may take.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     engine: Annotated[
-        str | None, typer.Option(help="eager, compile, onnxruntime or openvino. [default: whichever is fastest]")
+        str | None, typer.Option(help="eager, compile, onnxruntime, openvino or cpu. [default: whichever is fastest]")
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or int8, which has a speed and no accuracy. [default: no int8]")

@@ -34,7 +34,10 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Classes to print for each picture.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network at once.")] = 16,
     engine: Annotated[
-        str, typer.Option(help="What runs the network: eager, compile, onnxruntime or openvino; see fasternet env.")
+        str,
+        typer.Option(
+            help="What runs the network: eager, compile, onnxruntime, openvino, cpu or auto; see fasternet env."
+        ),
     ] = "eager",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8 (for its speed alone).")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")] = None,

@@ -3,8 +3,8 @@
 // A row's channels come from a few segments of memory, each read where it lies. The sums start from the bias, or from
 // the shortcut and the bias; the activation is applied before they are written.
 
-// Pixels whose sums fit the registers beside a panel's weights, by slots; measured: more rows gain nothing.
-constexpr int ROWS_32[] = {0, 14, 14, 7, 7}, ROWS_16[] = {0, 8, 6, 4, 0};
+// Pixels whose sums fit the registers beside a panel's weights, by slots.
+constexpr int ROWS_32[] = {0, 14, 14, 9, 7}, ROWS_16[] = {0, 8, 6, 4, 0};
 constexpr int SLOTS = REGISTERS == 32 ? 4 : 3;
 constexpr int MAX_ROWS = 14;
 constexpr int count_rows(int slots) { return REGISTERS == 32 ? ROWS_32[slots] : ROWS_16[slots]; }
@@ -31,7 +31,7 @@ template <class A, int ROWS, int FULL, int NARROW> inline void step(
         for (int j = 0; j < FULL; ++j)
             sums.full[i][j] = A::template multiply_add<LANES>(x, w[j], sums.full[i][j]);
         if constexpr (NARROW)
-            sums.narrow[i] = A::template multiply_add<N>(A::template spread<N>(words[i]), v, sums.narrow[i]);
+            sums.narrow[i] = A::template multiply_add<N>(load_as<typename A::template Weights<N>>(&x), v, sums.narrow[i]);
     }
 }
 
@@ -97,12 +97,14 @@ void multiply(const Job &job, const Panel &panel, int64_t first) {
     }
     accumulate<A, ROWS, FULL, NARROW>(sums, job, (const char *)panel.weights, first);
     if (job.activation == 2) { // through memory: unrolled over all sums, the polynomial would not fit the code cache
+        const Sums<ROWS, FULL, NARROW> kept = sums;
+#pragma GCC unroll 1
         for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 1
             for (int j = 0; j < FULL; ++j)
-                finish<LANES, A>(gelu<LANES, A::UNIT == 1>(sums.full[i][j]), job, first + i, column + LANES * j);
+                finish<LANES, A>(gelu<LANES, A::UNIT == 1>(kept.full[i][j]), job, first + i, column + LANES * j);
             if constexpr (NARROW)
-                finish<N, A>(gelu<N, A::UNIT == 1>(sums.narrow[i]), job, first + i, last);
+                finish<N, A>(gelu<N, A::UNIT == 1>(kept.narrow[i]), job, first + i, last);
         }
         return;
     }

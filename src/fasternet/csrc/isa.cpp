@@ -4,9 +4,13 @@
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // its own header begins with an undefined value on purpose
+#endif
 #include <immintrin.h>
 #endif
 
+#include "gelu.h"
 #include "plan.h"
 
 #if defined(FN_ISA_PORTABLE)
@@ -37,7 +41,10 @@ inline double now() {
 
 #include "layers.h"
 
-#if defined(FN_HAS_DPBF16)
+#if defined(FN_ISA_AMX)
+#include "amx.h"
+extern const Kernels BF16 = create_tile_kernels(FN_STRING(FN_NAMESPACE));
+#elif defined(FN_HAS_DPBF16)
 extern const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
 #else
 extern const Kernels FP32 = create_kernels<Fp32>(FN_STRING(FN_NAMESPACE), "fp32");

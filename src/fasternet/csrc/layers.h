@@ -129,7 +129,7 @@ template <class A> struct Layers {
                       const Work *work) {
         const int64_t planes = picture->is_planar ? picture->channels : 1, c = picture->is_planar ? 1 : picture->channels;
         const int64_t pitch = picture->width * c, area = picture->height * pitch;
-        const bool in_place = sizeof(Element) == 4 && !picture->is_uint8;
+        const bool in_place = sizeof(Element) == 4 && !picture->is_uint8 && !picture->is_planar; // planes: measured, copying pays
         Job job;
         job.num_segments = int32_t(k * planes), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
         job.out_stride = out->stride;

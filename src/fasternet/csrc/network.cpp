@@ -3,13 +3,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 
 namespace fn {
 namespace {
 
-constexpr int64_t TILE_BYTES = 48 << 10; // hidden channels of a tile: measured best between the L1 and the L2 cache
+constexpr int64_t TILE_BYTES = 48 << 10; // hidden channels of a tile: from 12 to 192 KiB, whole networks differ by 1 %
 
 using Clock = std::chrono::steady_clock;
 
@@ -102,7 +101,6 @@ size_t Network::lay_out(int64_t h, int64_t w, char *memory, std::vector<Place> &
         largest[turn] = std::max(largest[turn], bytes_of_map(places[i].out, element_));
     }
     char *maps[2] = {memory, memory + largest[0]}, *end = memory + largest[0] + largest[1];
-    char *planes[2] = {nullptr, nullptr};
     Plane current{};
     for (size_t i = 0; i < layers_.size(); ++i) {
         Place &place = places[i];
@@ -126,13 +124,12 @@ size_t Network::lay_out(int64_t h, int64_t w, char *memory, std::vector<Place> &
         }
         place.next = next, current = next;
     }
-    (void)planes;
     return size_t(end - memory);
 }
 
 int64_t Network::choose_tile(const Layer &layer, int64_t pixels) const {
-    static const int64_t bytes = std::getenv("FN_TILE") ? std::atoi(std::getenv("FN_TILE")) : TILE_BYTES;
-    const int64_t wanted = std::max<int64_t>(28, bytes / (layer.block.hidden_stride * element_) / 14 * 14);
+    const int64_t width = std::max(layer.block.hidden_stride, layer.block.partial_stride) * element_;
+    const int64_t wanted = std::max<int64_t>(28, TILE_BYTES / width / 14 * 14);
     const int64_t tiles = (pixels + wanted - 1) / wanted;
     return (pixels + tiles - 1) / tiles;
 }

@@ -33,6 +33,15 @@ std::vector<Panel> split(const Kernels &kernels, int64_t columns) {
     return panels;
 }
 
+// One segment of all, filled up to a multiple.
+Order join(const Order &order, int64_t multiple) {
+    Order joined(1);
+    for (const auto &segment : order)
+        joined[0].insert(joined[0].end(), segment.begin(), segment.end());
+    joined[0].resize(size_t(round_up(int64_t(joined[0].size()), multiple)), -1);
+    return joined;
+}
+
 } // namespace
 
 std::unique_ptr<void, void (*)(void *)> allocate(size_t bytes) {
@@ -62,19 +71,21 @@ void *Arena::take(size_t bytes) {
     return taken;
 }
 
-Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth, const Order &order,
+Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth, const Order &inputs,
              const float *bias, int64_t columns) {
+    const Order order = kernels.depth_multiple > 1 ? join(inputs, kernels.depth_multiple) : inputs;
     std::vector<Panel> panels = split(kernels, columns);
     Product product{};
     product.num_panels = int32_t(panels.size()), product.columns = int32_t(columns);
-    int64_t words = 0;
-    for (const auto &segment : order) {
+    for (const auto &segment : inputs)
         product.depth += int64_t(segment.size());
+    int64_t words = 0;
+    for (const auto &segment : order)
         words += (int64_t(segment.size()) + kernels.word - 1) / kernels.word;
-    }
     for (Panel &panel : panels) {
         const int64_t width = panel.slots * kernels.lanes - (panel.tail ? kernels.lanes - kernels.tail : 0);
-        char *to = static_cast<char *>(arena.take(size_t(words * width) * 4));
+        const size_t excess = panel.tail ? size_t(kernels.lanes - kernels.tail) * 4 : 0; // tiles read whole vectors
+        char *to = static_cast<char *>(arena.take(size_t(words * width) * 4 + excess));
         float *biases = static_cast<float *>(arena.take(size_t(width) * 4));
         panel.weights = to, panel.bias = biases;
         for (int64_t j = 0; j < width && panel.column + j < rows; ++j)

@@ -28,8 +28,8 @@ std::unique_ptr<void, void (*)(void *)> allocate(size_t bytes);
 // Which inputs a product reads, segment by segment: indices into a row of the weight matrix, -1 for what weighs nothing.
 using Order = std::vector<std::vector<int64_t>>;
 
-// Pack a weight matrix of `rows` outputs, each a dense row of `depth`, whose inputs arrive in `order`.
-Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth, const Order &order,
+// Pack a weight matrix of `rows` outputs, each a dense row of `depth`, whose inputs arrive as `inputs` says.
+Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth, const Order &inputs,
              const float *bias, int64_t columns);
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

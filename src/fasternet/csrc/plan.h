@@ -91,6 +91,9 @@ struct Kernels {
     void (*linear)(const Product *, const void *in, int64_t in_stride, void *out, int64_t out_stride, int32_t out_float,
                    int32_t activation, int64_t rows, int32_t first_panel, int32_t last_panel);
     double (*peak)(double seconds);
+
+    // More than one: segments follow each other without a gap, and words of zeros fill up the last of so many inputs.
+    int64_t depth_multiple = 1;
 };
 
 } // namespace fn

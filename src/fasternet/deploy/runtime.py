@@ -5,40 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import io
 import logging
-import os
 import random
-import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, cast, get_args
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fasternet.deploy import onnx_file
+from fasternet.deploy.cpu_engine import CpuEngine
+from fasternet.deploy.cpu_module import CpuModule
+from fasternet.deploy.engines import REASONS, SPEED_ONLY, explain_engine
 from fasternet.deploy.fold import fold_batch_norm
 from fasternet.deploy.optimize import from_timm, optimize_for_inference
-from fasternet.environment import describe_machine
 from fasternet.models.fasternet import FasterNet
 from fasternet.ops import PConv2d
 
-Engine = Literal["eager", "compile", "onnxruntime", "openvino"]
-Precision = Literal["fp32", "bf16", "int8"]
-ENGINES: tuple[str, ...] = get_args(Engine)
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-
-_PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-SPEED_ONLY = "speed only: calibrated on random pictures, so that its accuracy is not known"
-_ENGINE_REASONS = {
-    "eager": "PyTorch as it is: no preparation, any batch up to the example's",
-    "compile": "one graph with the weights as constants; on CUDA replayed as a CUDA graph",
-    "onnxruntime": "from an ONNX file, on the CPU",
-    "openvino": "from OpenVINO's own file, made of an ONNX file; one stream, for the lowest latency",
-}
 _MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -89,7 +77,7 @@ class Runtime:
                 f"x must be float32 of the shape (1 to {self.num_images}, {size}) on {buffer.device}, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        if self.engine == "eager":
+        if self.engine in ("eager", "cpu"):  # these take any batch, in any memory format
             return self._run(x)
         if (
             n < self.num_images
@@ -113,12 +101,13 @@ def create_runtime(
     """Make a network ready to run in an engine.
 
     A FasterNet becomes ``optimize_for_inference`` in eager and has BN folded elsewhere; any other network is
-    re-parameterised where it can be, and has BN folded.
+    re-parameterised where it can be, and has BN folded. The engine ``cpu`` runs a whole FasterNet, no other network.
 
     Args:
         model: Any network from pictures to logits; it is not modified.
         example: (N, C, H, W), float32: the largest batch, and the size of the pictures; its device is the network's.
-        engine: One of ``ENGINES``; an engine that cannot run is never replaced by another one.
+        engine: One of ``ENGINES``; one that cannot run is never replaced by another. ``"auto"`` asks for the fastest,
+            see ``auto.choose_engine``: the runtime says which it is.
         precision: ``"fp32"``, ``"bf16"`` or ``"int8"``. The last is quantised with random pictures: speed only.
         threads: Of the CPU; None takes PyTorch's. ``eager`` and ``compile`` run in PyTorch's threads: set these with
             ``environment.set_threads`` around making and running it.
@@ -147,72 +136,28 @@ def create_runtime(
             f"threads={threads}, but engine {engine} runs in PyTorch's threads, which are {current}: "
             "set them with fasternet.environment.set_threads"
         )
+    if engine == "auto":
+        from fasternet.deploy.auto import choose_engine
+
+        return choose_engine(model, example, precision=precision, threads=threads).runtime
     is_onnx = engine in ("onnxruntime", "openvino")
     layout = _MEMORY_FORMATS["contiguous" if is_onnx else memory_format or "contiguous"]
     devices = [example.device] if example.is_cuda else []
     # Of tensors made in inference mode a compiled graph would be one for such tensors alone.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), _build(engine, precision):
         example = example.detach().clone(memory_format=layout)
-        network, reasons = _prepare(model, example, engine)
-        if is_onnx:
-            run, load_s, file_bytes = onnx_file.load(network, example, engine, precision, threads or current)
+        run: Callable[[Tensor], Tensor]
+        if engine == "cpu":
+            run, load_s, file_bytes, reasons = _load_engine_file(model, example, precision, threads or current)
         else:
-            run, load_s = _load_module(network, example, engine, precision, layout)
-            file_bytes = None
-    reasons |= {"engine": _ENGINE_REASONS[engine], **({"precision": SPEED_ONLY} if precision == "int8" else {})}
+            network, reasons = _prepare(model, example, engine)
+            if is_onnx:
+                run, load_s, file_bytes = onnx_file.load(network, example, engine, precision, threads or current)
+            else:
+                run, load_s = _load_module(network, example, engine, precision, layout)
+                file_bytes = None
+    reasons |= {"engine": REASONS[engine], **({"precision": SPEED_ONLY} if precision == "int8" else {})}
     return Runtime(engine, precision, len(example), load_s, file_bytes, reasons, run, example)
-
-
-def explain_engine(engine: str, precision: str = "fp32", device: str = "cpu") -> str | None:
-    """Say why an engine cannot run here.
-
-    Args:
-        engine: One of ``ENGINES``.
-        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``.
-        device: ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        None where it runs, else one sentence.
-
-    Raises:
-        ValueError: There is no such engine, precision or device.
-    """
-    for name, value, allowed in (
-        ("engine", engine, ENGINES),
-        ("precision", precision, PRECISIONS),
-        ("device", device, ("cpu", "cuda")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
-    if engine in _PACKAGES:
-        if device == "cuda":
-            return f"engine {engine} runs on the CPU alone: give the device cpu, or take eager or compile"
-        packages = (*_PACKAGES[engine], *(("nncf",) if (engine, precision) == ("openvino", "int8") else ()))
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"engine {engine} needs {', '.join(missing)}: pip install 'fasternet[{engine}]'"
-    elif precision == "int8":
-        return f"engine {engine} has no int8: PyTorch quantises with torchao, not here; take onnxruntime or openvino"
-    if engine == "compile" and device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "engine compile needs a C++ compiler: install g++, or name one in CXX"
-    if engine == "compile" and device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "engine compile needs triton on CUDA: pip install triton"
-    if precision == "bf16":
-        return _explain_bf16(engine, device)
-    return None
-
-
-def _explain_bf16(engine: str, device: str) -> str | None:
-    if engine == "onnxruntime":
-        return "engine onnxruntime has no bf16 convolutions on the CPU: take fp32 or int8, or openvino"
-    if device == "cuda":
-        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "the GPU has no bf16 arithmetic"
-    machine = describe_machine()
-    if {"avx512_bf16", "amx_bf16", "bf16"} & set(machine.instruction_sets):
-        return None
-    return f"precision bf16 needs a processor with avx512_bf16, amx_bf16 or, on ARM, bf16: {machine.processor} has none"
 
 
 def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:
@@ -250,6 +195,34 @@ class _InPrecision(nn.Module):
         return cast(Tensor, self.network(x.to(self.dtype)).float())
 
 
+def _load_engine_file(
+    model: nn.Module, example: Tensor, precision: str, threads: int
+) -> tuple[CpuModule, float, int, dict[str, str]]:
+    """Write a FasterNet into an engine file and load it; see ``onnx_file.load``. The last is why it computes so."""
+    from timm.models.fasternet import FasterNet as TimmFasterNet
+
+    if not isinstance(model, FasterNet | TimmFasterNet):
+        raise ValueError(
+            f"it is a {type(model).__name__}, and only a FasterNet runs whole in C++: "
+            "take eager, compile, onnxruntime or openvino"
+        )
+    with tempfile.TemporaryDirectory(prefix="fasternet-") as name:
+        file = Path(name) / "engine.safetensors"
+        CpuEngine.from_model(model, precision=precision).save(file)
+        num_bytes = file.stat().st_size
+        start = time.perf_counter()
+        run = CpuModule(CpuEngine.load(file), threads)
+        output = run(example)
+        load_s = time.perf_counter() - start
+    _check_logits(output)
+    return run, load_s, num_bytes, dict(run.reasons)
+
+
+def _check_logits(output: object) -> None:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"its output is no tensor of logits, but a {type(output).__name__}")
+
+
 def _load_module(
     network: nn.Module, example: Tensor, engine: str, precision: str, layout: torch.memory_format
 ) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -267,8 +240,7 @@ def _load_module(
     run = run_eager if engine == "eager" else _compile(network, example)
     with torch.inference_mode():
         output = run(example)
-    if not isinstance(output, Tensor):
-        raise ValueError(f"its output is no tensor of logits, but a {type(output).__name__}")
+    _check_logits(output)
     if example.is_cuda:
         torch.cuda.synchronize()
     return run, time.perf_counter() - start

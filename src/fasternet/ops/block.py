@@ -29,6 +29,7 @@ class BlockWeights(NamedTuple):
         expand_bias: (2C,) or None.
         project: Second pointwise convolution, (C, 2C, 1, 1).
         start: First channel that PConv convolves.
+        project_bias: (C,) or None.
     """
 
     partial: Tensor
@@ -36,13 +37,14 @@ class BlockWeights(NamedTuple):
     expand_bias: Tensor | None
     project: Tensor
     start: int
+    project_bias: Tensor | None = None
 
 
 def block_split_cat(x: Tensor, weights: BlockWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute the block as the paper writes it: the oracle. ``x`` is not modified."""
     y = eager.split_cat(x, weights.partial, dilation=1, start=weights.start)
     h = activation(F.conv2d(y, weights.expand, weights.expand_bias))
-    return x + F.conv2d(h, weights.project)
+    return x + F.conv2d(h, weights.project, weights.project_bias)
 
 
 def block_restore_(
@@ -62,10 +64,10 @@ def block_restore_(
     if pointwise == "conv":
         h = activation(F.conv2d(x, weights.expand, weights.expand_bias))
         part.copy_(kept)
-        return x.add_(F.conv2d(h, weights.project))
+        return x.add_(F.conv2d(h, weights.project, weights.project_bias))
     pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C), dense
     h = F.linear(pixels, weights.expand.flatten(1), weights.expand_bias)  # (N, H, W, 2C)
     h = activation(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     part.copy_(kept)
     pixels.view(-1, x.shape[1]).addmm_(h.reshape(-1, h.shape[-1]), weights.project.flatten(1).t())
-    return x
+    return x if weights.project_bias is None else x.add_(weights.project_bias[:, None, None])

@@ -10,12 +10,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fasternet.ops import eager
+from fasternet.ops import eager, native_ops  # noqa: F401  (makes torch.ops.fasternet)
 
 Position = Literal["first", "last", "rotate"]
 
@@ -40,7 +40,7 @@ def select_impl(impl: str = "auto") -> Selection:
     """Choose an implementation.
 
     Args:
-        impl: ``"auto"``, or a name of ``list_impls`` that is taken as it is.
+        impl: ``"auto"``, or a name that is taken as it is: one of ``list_impls``, or ``"native"``, the C++ engine.
 
     Returns:
         The implementation's name with the reason.
@@ -48,10 +48,10 @@ def select_impl(impl: str = "auto") -> Selection:
     Raises:
         ValueError: ``impl`` is unknown.
     """
-    if impl in _IMPLS:
+    if impl in _IMPLS or impl == "native":
         return Selection(impl, "asked for")
     if impl != "auto":
-        raise ValueError(f"impl {impl!r} is not one of auto, {', '.join(_IMPLS)}")
+        raise ValueError(f"impl {impl!r} is not one of auto, {', '.join(_IMPLS)}, native")
     return Selection(
         "split_cat", "slicing was never faster where it was measured, and does not export or train as well"
     )
@@ -63,7 +63,8 @@ def pconv2d(x: Tensor, weight: Tensor, *, impl: str = "auto", dilation: int = 1,
     Args:
         x: Input, (N, C, H, W), any memory format; it is never modified.
         weight: Filters, (Cp, Cp, k, k) with odd k and ``start + Cp <= C``.
-        impl: ``"auto"`` or a name of ``list_impls``; all compute the same function.
+        impl: ``"auto"`` or a name of ``list_impls``; all compute the same function. ``"native"``, the C++ engine, does
+            so too, where it is installed: in float32 on the CPU, without dilation and without a gradient.
         dilation: Spacing of the filter's taps.
         start: First channel that is convolved.
 
@@ -71,10 +72,20 @@ def pconv2d(x: Tensor, weight: Tensor, *, impl: str = "auto", dilation: int = 1,
         (N, C, H, W), a new tensor; channels outside ``start .. start + Cp`` are bitwise those of ``x``.
 
     Raises:
-        ValueError: A shape or an option does not fit.
+        ValueError: A shape or an option does not fit, or ``"native"`` is asked for what it cannot do.
     """
     _check(x, weight, dilation, start)
-    return _IMPLS[select_impl(impl).impl](x, weight, dilation=dilation, start=start)
+    impl = select_impl(impl).impl
+    function = _native if impl == "native" else _IMPLS[impl]
+    return function(x, weight, dilation=dilation, start=start)
+
+
+def _native(x: Tensor, weight: Tensor, *, dilation: int, start: int) -> Tensor:
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        raise ValueError(f"impl 'native' is for the CPU, got x on {x.device} and weight on {weight.device}")
+    if dilation != 1:
+        raise ValueError(f"impl 'native' computes without dilation, got {dilation}")
+    return cast(Tensor, torch.ops.fasternet.pconv.default(x, weight, start))
 
 
 def pconv2d_(x: Tensor, weight: Tensor, *, dilation: int = 1, start: int = 0) -> Tensor:

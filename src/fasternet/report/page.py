@@ -14,6 +14,7 @@ from fasternet.report.appendix import show_costs, show_differences, show_environ
 from fasternet.report.architecture import show_figure4
 from fasternet.report.claims import show_claims
 from fasternet.report.data import show_data
+from fasternet.report.engines import show_engines
 from fasternet.report.faults import show_faults
 from fasternet.report.figures import show_figure1, show_figure2, show_figure7, show_figure8
 from fasternet.report.learning import show_learning
@@ -51,6 +52,7 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
     "Claims": (show_claims,),
     "Where FasterNet is not the fastest": (show_slower,),
     "Networks": (show_figure2, show_networks, show_figure7, show_figure8, show_sweeps),
+    "The CPU engine": (show_engines,),
     "Variants": (show_variants,),
     "Operators": (show_figure1, show_operators, show_rooflines),
     "Forms of PConv": (show_table9_operators, show_table9_networks),
@@ -76,6 +78,7 @@ ITEMS: dict[str, tuple[Show, ...]] = {
     "fig7": (show_figure7,),
     "fig8": (show_figure8,),
     "claims": (show_claims, show_slower),
+    "engines": (show_engines,),
     "sweeps": (show_sweeps,),
 }
 

@@ -17,6 +17,7 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
     "batch_size": "batch {}".format,
     "precision": str,
     "engine": str,
+    "isa": "{} at most".format,
     "memory_format": str,
     "passes": str,
     "num_layers": "{} stacked layers".format,
@@ -27,7 +28,8 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
     "size": "side {}".format,
     "mib": "{} MiB".format,
     **dict.fromkeys(
-        ("baseline", "baseline_engine", "baseline_precision", "best_engines", "metric", "sweep"), lambda _: ""
+        ("baseline", "baseline_engine", "baseline_precision", "best_engines", "best_rival", "metric", "sweep", "stage"),
+        lambda _: "",
     ),
 }
 

@@ -14,7 +14,10 @@ from fasternet.report.markup import Html
 from fasternet.report.provenance import describe_condition, describe_setting, provenance
 from fasternet.report.sources import Source, group, newest, select, setting
 
-ENGINES = {"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINES = {
+    **{"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"},
+    "cpu": "CPU engine",
+}
 SIZE = 224  # of pictures, at which networks are published, except for
 SIZES = {"MobileViT-": 256, "EdgeNeXt-": 256}  # those of the paper, and what paper/today_accuracy.csv names
 INT8 = "int8"  # calibrated on random pictures: its accuracy is not the published one

@@ -12,7 +12,7 @@ from fasternet.records import Machine, Record, load_machine, load_records
 
 PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 MAX_PICTURE_BYTES = 1 << 20
-COMPARABLE = ("device", "threads", "batch_size", "precision", "engine")
+COMPARABLE = ("device", "threads", "batch_size", "precision", "engine", "isa")
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -1,0 +1,64 @@
+"""The C++ engine as a PyTorch module: Tensors in, Tensors out, nothing copied on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fasternet.deploy.cpu_engine import CpuEngine
+
+
+class CpuModule(nn.Module):
+    """A FasterNet in the C++ engine, for inference only; ``optimize_for_inference`` makes it.
+
+    Args:
+        engine: The network.
+        threads: Of a call; None takes PyTorch's, ``torch.get_num_threads()``, of that moment.
+
+    Attributes:
+        engine: The argument.
+        threads: The argument; may be set.
+        reasons: For each choice, why it computes so.
+    """
+
+    def __init__(self, engine: CpuEngine, threads: int | None = None) -> None:
+        super().__init__()
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads} must be at least 1")
+        self.engine, self.threads = engine, threads
+        self.reasons: Mapping[str, str] = engine.reasons
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Map pictures to logits, or to feature maps; no gradient is recorded.
+
+        Args:
+            x: (N, C, H, W) on the CPU, float32, or uint8 where the engine has mean and std. Contiguous and
+                channels_last are taken without a copy.
+
+        Returns:
+            Logits (N, K), or a list of maps (N, C, H, W) in channels_last; float32, in memory of their own.
+
+        Raises:
+            ValueError: ``x`` does not fit.
+        """
+        if x.device.type != "cpu" or x.layout != torch.strided:
+            raise ValueError(f"the input must be a dense tensor on the CPU, got {x.layout} on {x.device}")
+        if x.dtype not in (torch.float32, torch.uint8):
+            raise ValueError(f"the input must be float32, or uint8 where the engine has mean and std, got {x.dtype}")
+        outputs = self.engine(x.detach().numpy(), threads=self.threads or torch.get_num_threads())
+        if isinstance(outputs, list):
+            return [torch.from_numpy(output) for output in outputs]
+        return torch.from_numpy(outputs)
+
+    def train(self, mode: bool = True) -> CpuModule:
+        """Refuse training: the folded network has no BN left to train."""
+        if mode:
+            raise ValueError("an optimised model is for inference only: train the model that it was made from")
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the engine in ``print(module)``."""
+        return f"{self.engine.precision}, isa={self.engine.isa}, threads={self.threads}"
