@@ -64,7 +64,10 @@ def test_modules_say_what_they_are():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-@pytest.mark.parametrize("module", ["fasternet", "fasternet.cli", "fasternet.report", "fasternet.records", "fasternet.deploy"])
+LIGHT = "fasternet", "fasternet.cli", "fasternet.report", "fasternet.records", "fasternet.deploy"
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_import_stays_light(module):
     heavy = "torch", "torchvision", "timm", "matplotlib", "sklearn", "numpy", "PIL"
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"

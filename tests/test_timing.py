@@ -1,3 +1,4 @@
+import gc
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

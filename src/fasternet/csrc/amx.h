@@ -7,7 +7,7 @@
 
 constexpr int64_t TILE_DEPTH = 32;       // bf16 of a tile's row
 constexpr int64_t TILE_ROWS = 16;        // at most
-constexpr int64_t GATHERED_DEPTH = 1536; // at a time
+constexpr int64_t GATHERED_DEPTH = 1152; // at a time: lies on the stack
 constexpr int FIRST_OPERAND = 4, FIRST_WEIGHTS = 6; // tiles 0 to 3 are sums
 
 // What LDTILECFG reads.
@@ -18,8 +18,8 @@ struct alignas(64) TileShapes {
 };
 
 #if defined(FN_EMULATE_TILES)
-// The instructions in plain C++, for processors without them: the same shapes, the same sums in the same order; what the
-// processor would refuse, traps. Denormals are flushed by whoever calls.
+// The instructions in plain C++, for processors without them: the same shapes, the same sums in the same order; what
+// the processor would refuse, traps. Denormals are flushed by whoever calls.
 struct EmulatedTiles {
     TileShapes shapes;
     alignas(64) char data[8][TILE_ROWS][64];
@@ -114,10 +114,11 @@ template <class... Arguments, void (*FUNCTION)(Arguments...)> struct WithTiles<F
     }
 };
 
-// The arithmetic: that of Bf16 but for `apply`.
+// The arithmetic: that of Bf16 but for `apply`. Also for few pixels: what comes out must not depend on how many come.
 struct Tiles : Bf16 {};
 
-// Pixels that are not all `stride` apart: after pixels - x of them, and every `width` from there on, `jump` more elements.
+// Pixels that are not all `stride` apart: after the first width - x, and every `width` from there on, `jump` more
+// elements.
 struct Lines {
     int64_t x, width, jump;
 };
@@ -131,7 +132,8 @@ struct Sums32 {
     alignas(64) float data[2 * TILE_ROWS][32]; // with one slot, two halves of its sums
 };
 
-template <int L, bool GELU> inline void finish_slot(const Job &job, const Sums32 &sums, int j, int64_t first, int64_t last) {
+template <int L, bool GELU>
+inline void finish_slot(const Job &job, const Sums32 &sums, int j, int64_t first, int64_t last) {
     Job to; // a copy in registers: for all that the compiler knows, what is written might lie in `job`
     to.activation = job.activation, to.out = job.out, to.out_stride = job.out_stride, to.out_float = job.out_float;
     to.shortcut = job.shortcut, to.shortcut_stride = job.shortcut_stride;
@@ -170,8 +172,8 @@ __attribute__((noinline)) static void finish_some(const Job &job, Sums32 &sums, 
 
 // Copy channels [begin, end) of pixels [first, last), zeros after them, into rows of `pitch`; of the room behind each
 // row, a vector is overwritten.
-inline void gather(const Job &job, const Lines &lines, int64_t first, int64_t last, int64_t begin, int64_t end, bf16 *to,
-                   int64_t pitch) {
+inline void gather(const Job &job, const Lines &lines, int64_t first, int64_t last, int64_t begin, int64_t end,
+                   bf16 *to, int64_t pitch) {
     int64_t x = (lines.x + first) % lines.width, jumped = (lines.x + first) / lines.width * lines.jump;
     for (int64_t p = first; p < last; ++p, to += pitch) {
         int64_t at = -begin; // of the segment in `to`
@@ -224,9 +226,9 @@ inline bool reads_in_place(const Job &job, const Lines &lines, const Group &grou
 }
 
 // Meanwhile the sums before, `share` rows a step, go to the output.
-template <int COLUMNS> inline void accumulate(const Segment *segments, int num_segments, const Group &group, int64_t step,
-                                              const char *weights, int64_t pitch, const Job &job, Sums32 &before,
-                                              int64_t share) {
+template <int COLUMNS>
+inline void accumulate(const Segment *segments, int num_segments, const Group &group, int64_t step, const char *weights,
+                       int64_t pitch, const Job &job, Sums32 &before, int64_t share) {
     weights += step * TILE_DEPTH / 2 * pitch;
     for (int s = 0; s < num_segments; ++s) {
         const Segment &segment = segments[s];
@@ -245,8 +247,10 @@ template <int COLUMNS> inline void accumulate(const Segment *segments, int num_s
     }
 }
 
-template <int COLUMNS> inline void multiply_block(int64_t depth, const Job &job, const Lines &lines, Group &group,
-                                                  Sums32 &sums, Sums32 &before) {
+// Without its outputs yet: `sums` are left for `finish_some`, whatever is left of those `before` is finished.
+template <int COLUMNS>
+inline void multiply_block(int64_t depth, const Job &job, const Lines &lines, Group &group, Sums32 &sums,
+                           Sums32 &before) {
     const int64_t pitch = 64 * sums.panel->slots - 32 * sums.panel->tail, steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH;
     const int64_t share = (before.rows + steps - 1) / steps;
     const char *weights = (const char *)sums.panel->weights + 64 * sums.slot;
@@ -277,7 +281,7 @@ inline void multiply_lines(const Product &product, const Job &job, const Lines &
         return;
     const int64_t height = ((last - first + groups - 1) / groups + 1) / 2;
     set_tile_height(height);
-    alignas(64) bf16 gathered[2 * TILE_ROWS * PITCH]; // nothing is read but what `gather` wrote, or rows nobody asks for
+    alignas(64) bf16 gathered[2 * TILE_ROWS * PITCH]; // rows that nobody asks for are multiplied as they are
     Sums32 sums[2];
     sums[1].rows = sums[1].finished = 0;
     int turn = 0;
@@ -303,8 +307,9 @@ inline void multiply_lines(const Product &product, const Job &job, const Lines &
     finish_some(job, sums[turn ^ 1], 2 * TILE_ROWS);
 }
 
-template <> inline void apply<Tiles>(const Product &product, const Job &job, int64_t first, int64_t last, int first_panel,
-                                     int last_panel) {
+template <>
+inline void apply<Tiles>(const Product &product, const Job &job, int64_t first, int64_t last, int first_panel,
+                         int last_panel) {
     multiply_lines(product, job, ONE_LINE, first, last, first_panel, last_panel);
 }
 

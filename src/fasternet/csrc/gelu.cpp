@@ -11,8 +11,7 @@ template <int DEGREE> void interpolate(float (&to)[DEGREE + 1][PIECES], double r
         double node[DEGREE + 1], newton[DEGREE + 1], sum[DEGREE + 1] = {};
         for (int i = 0; i <= DEGREE; ++i) {
             node[i] = 0.5 * std::cos(M_PI * (i + 0.5) / (DEGREE + 1));
-            const double x = (node[i] + piece - 0.5 * (PIECES - 1)) * range / double(SCALE);
-            newton[i] = 0.5 * std::erfc(-x * M_SQRT1_2);
+            newton[i] = 0.5 * std::erf((node[i] + piece) * range / double(SCALE) * M_SQRT1_2);
         }
         for (int order = 1; order <= DEGREE; ++order)
             for (int i = DEGREE; i >= order; --i)

@@ -5,6 +5,7 @@
 #include <utility>
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // its own header begins with an undefined value on purpose
 #endif
 #include <immintrin.h>

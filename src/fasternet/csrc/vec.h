@@ -102,6 +102,10 @@ template <int L> inline Words<L> round_to_bf16(Floats<L> x) {
 
 template <int L> inline Floats<L> load(const float *p) { return load_as<Floats<L>>(p); }
 template <int L> inline Floats<L> load(const bf16 *p) {
+#if defined(__AVX512F__)
+    if constexpr (L == 16)
+        return widen<L>((Words<L>)_mm512_cvtepu16_epi32(load_as<__m256i>(p)));
+#endif
     return widen<L>(__builtin_convertvector(load_as<Halves<L>>(p), Words<L>));
 }
 template <int L> inline void store(float *p, Floats<L> x) { store_as(p, x); }
@@ -176,31 +180,27 @@ template <int L, bool EXACT> inline Floats<L> gelu_polynomial(Floats<L> x) {
 }
 
 #if REGISTERS_HOLD_TABLES
-// GELU = x Phi(x), Phi from a table of 32 polynomials: half the time of the polynomial above. Over all floats the error
-// is at most 4e-7 (1 + |x|), in rough 5e-5 (1 + |x|).
-template <bool EXACT> inline __m512 look_up(const float (&table)[PIECES], __m512i piece) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), piece, _mm512_loadu_ps(table + 16));
-}
-
+// GELU = x / 2 + |x| (Phi(|x|) - 1/2), the latter from a table of 16 polynomials: 10.6 cycles for a vector on Zen 4,
+// the polynomial above takes 18.5. The error is at most 2.2e-7 (1 + |x|), in rough 5e-5 (1 + |x|).
 template <bool EXACT> inline Floats<16> gelu_table(Floats<16> x) {
+    constexpr int DEGREE = EXACT ? 4 : 2;
     constexpr float RANGE = EXACT ? EXACT_RANGE : ROUGH_RANGE;
-    const Floats<16> low = splat<16>(-RANGE), position = at_most(at_least(x, low), -low) * splat<16>(SCALE / RANGE) +
-                                                         splat<16>(0.5f * (PIECES - 1));
+    const auto &table = []() -> auto & {
+        if constexpr (EXACT)
+            return PHI.exact;
+        else
+            return PHI.rough;
+    }();
+    const Floats<16> size = (Floats<16>)_mm512_abs_ps((__m512)x);
+    const Floats<16> position = at_most(size, splat<16>(RANGE)) * splat<16>(SCALE / RANGE);
     const Floats<16> f = (Floats<16>)_mm512_reduce_ps((__m512)position, 0); // less the nearest integer, which is the piece
     const __m512i piece = _mm512_cvtps_epi32((__m512)position);
-    Floats<16> p;
-    if constexpr (EXACT) {
-        p = (Floats<16>)look_up<EXACT>(PHI.exact[4], piece);
+    auto look_up = [&](int i) { return (Floats<16>)_mm512_permutexvar_ps(piece, _mm512_load_ps(table[i])); };
+    Floats<16> p = look_up(DEGREE);
 #pragma GCC unroll 4
-        for (int i = 3; i >= 0; --i)
-            p = p * f + (Floats<16>)look_up<EXACT>(PHI.exact[i], piece);
-    } else {
-        p = (Floats<16>)look_up<EXACT>(PHI.rough[2], piece);
-#pragma GCC unroll 2
-        for (int i = 1; i >= 0; --i)
-            p = p * f + (Floats<16>)look_up<EXACT>(PHI.rough[i], piece);
-    }
-    return x * (x < low ? splat<16>(0.0f) : p);
+    for (int i = DEGREE - 1; i >= 0; --i)
+        p = p * f + look_up(i);
+    return x * splat<16>(0.5f) + size * p;
 }
 #endif
 

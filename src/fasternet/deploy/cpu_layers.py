@@ -106,6 +106,11 @@ def _to_patch(layer: ConvNorm, mean: Array | None = None, std: Array | None = No
 
 
 def to_block(block: FasterNetBlock) -> Block:
+    """Return what the C++ engine computes a block with, BN and layer scale folded.
+
+    Raises:
+        ValueError: PConv is dilated, or the norm or activation is one that the engine has not.
+    """
     if block.pconv.dilation != 1:
         raise ValueError(f"engine cpu has no PConv of dilation {block.pconv.dilation}: take another engine")
     expand, expand_bias = _fold(block.pwconv1, block.norm)
