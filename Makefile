@@ -41,12 +41,14 @@ bench-gpu: $(STAMP)
 
 # The C++ engine under AddressSanitizer and UBSan.
 test-sanitize: $(STAMP)
+	@command -v cmake >/dev/null || { echo "test-sanitize needs cmake"; exit 1; }
 	cmake -S $(CSRC) -B build/sanitize -DFASTERNET_SANITIZE=ON
 	cmake --build build/sanitize --target fasternet fasternet_selfcheck
 	build/sanitize/fasternet_selfcheck
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 FASTERNET_NATIVE_LIBRARY=build/sanitize/libfasternet.so \
-	$(BIN)/pytest tests/test_native.py
+	$(BIN)/pytest tests/test_native.py tests/test_native_errors.py
 
 # The C++ engine's self-check, compiled for another processor and run in an emulator.
 test-aarch64:

@@ -114,7 +114,8 @@ def test_blocks(emulated, rng, c, k, h, w, n, activation):
 
 # Depths beyond what is gathered at a time, in one line of pixels and over several; steps that are read in place.
 @pytest.mark.parametrize(
-    ("c", "cp", "hidden", "h", "w"), [(180, 180, 1600, 7, 7), (192, 192, 96, 2, 70), (64, 32, 33, 3, 64)]
+    ("c", "cp", "hidden", "h", "w"),
+    [(180, 180, 1600, 7, 7), (192, 192, 96, 2, 70), (64, 32, 33, 3, 64), (64, 16, 1024, 5, 9)],
 )
 def test_deep_products(emulated, rng, c, cp, hidden, h, w):
     block = create_block(rng, c, cp, 3, 0, hidden, "gelu")

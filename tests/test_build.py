@@ -1,6 +1,8 @@
 """The C++ engine without Python: the self-check against plain loops, and the interface that C callers rely on."""
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from fasternet import native
 
 CSRC = Path(native.__file__).parent / "csrc"
-COMPILER = shutil.which("c++") or shutil.which("g++")
+COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
 
 
 def test_the_layout_of_structs_and_the_interface_number_are_those_of_the_header():
@@ -23,6 +25,22 @@ def test_the_layout_of_structs_and_the_interface_number_are_those_of_the_header(
     for name, *_ in native._Layer._fields_[:8]:
         assert re.search(rf"\b{name}\b", names), name
     assert set(re.findall(r"\b(fn_\w+)\(", header)) == set(native._FUNCTIONS)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_where_there_is_a_compiler_there_is_the_library():
+    assert native.explain_native("portable") is None
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not beside the package")
+@pytest.mark.skipif(native.explain_native("portable") is not None, reason="the library was not built")
+def test_the_library_is_that_of_its_sources():
+    sources = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("*.h"), CSRC / "CMakeLists.txt"])
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
+    built_from = native._library().fn_source().decode()
+    assert built_from == hashlib.sha256(digests.encode()).hexdigest(), (
+        "the library is older than its sources: run make install"
+    )
 
 
 @pytest.mark.skipif(native.explain_native("portable") is not None, reason="the library was not built")

@@ -1,12 +1,10 @@
 """The C++ engine against plain numpy in double precision, on every instruction set that this processor has."""
 
-import ctypes
 import itertools
 import math
-import re
-import subprocess
-import sys
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,146 +303,65 @@ def test_networks_run_in_several_threads_at_once(rng):
     assert not wrong
 
 
-def test_the_choice_of_an_instruction_set_has_its_reason(monkeypatch):
-    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
-    isa, reason = native.select_isa(None, "fp32")
-    assert (isa, "fp32") in READY
-    assert isa == [isa for isa, precision in READY if precision == "fp32"][-1]
-    assert reason == "the fastest of this processor"
-    assert native.select_isa("portable", "bf16") == ("portable", "asked for")
-    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
-    assert native.select_isa(None, "fp32") == ("portable", "FASTERNET_CPU_ISA asks for it")
-    assert Network([Head(np.ones((2, 3), np.float32))]).reason == "FASTERNET_CPU_ISA asks for it"
-    assert native.select_isa(isa, "fp32") == (isa, "asked for")
-    monkeypatch.setenv(native.ISA_VARIABLE, "sse9")
-    with pytest.raises(ValueError, match=r"FASTERNET_CPU_ISA must be one of portable, .*, not 'sse9'"):
-        native.explain_native()
+@on_every_isa
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_passes_mergings_and_is_gone_with_the_next_input(rng, isa, precision, value):
+    """Channels that pad a map (10, 20 are no multiples of 8) weigh nothing, and infinity times nothing is NaN."""
+    ones = [Patch(np.ones((10, 3, 2, 2), np.float32)), Patch(np.ones((20, 10, 2, 2), np.float32)), Feature(20)]
+    network = Network(ones, precision=precision, isa=isa)
+    x = draw(rng, 1, 3, 8, 8)
+    (clean,) = network.run(x)
+    x[0, 1, 5, 6] = value
+    (y,) = network.run(x)
+    assert np.array_equal(y[0, 1, 1], np.full(20, value), equal_nan=True)
+    y[0, 1, 1] = clean[0, 1, 1]
+    assert np.array_equal(y, clean)
+    x[0, 1, 5, 6] = 0
+    assert np.isfinite(network.run(x)[0]).all()
 
 
-def test_what_cannot_run_says_why(monkeypatch):
-    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
-    for isa, precision in itertools.product(native.ISAS, native.PRECISIONS):
-        if (isa, precision) not in READY:
-            reason = native.explain_native(isa, precision)
-            assert reason
-            with pytest.raises(ValueError, match=re.escape(reason)):
-                Network([Head(np.ones((2, 3), np.float32))], isa=isa, precision=precision)
-    assert native.explain_native("avx2", "bf16")
-    hardware = any(isa != "portable" for isa, precision in READY if precision == "bf16")
-    assert (native.explain_native(None, "bf16") is None) == hardware
-    with pytest.raises(ValueError, match="isa must be one of portable"):
-        native.select_isa("neon", "fp32")
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, not 'fp16'"):
-        native.explain_native("portable", "fp16")
+@on_every_isa
+@pytest.mark.parametrize("c", [20, 24])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_map_may_be_given_before_the_first_block(rng, isa, precision, c, threads):
+    layers = [Feature(c), create_block(rng, c, c // 4), Feature(c)]
+    x = draw(rng, 4, 5, 7, c)
+    outputs = Network(layers, precision=precision, isa=isa).run(x, threads=threads)
+    assert measure_difference(outputs, compute(layers, x)) <= TOLERANCES[precision]
 
 
-def test_the_peak_is_measured(monkeypatch):
-    for isa, precision in READY:
-        assert 1e7 < native.measure_peak(isa, precision, 0.01) < 1e13
-    with pytest.raises(ValueError, match="seconds must be positive, not 0"):
-        native.measure_peak("portable", "fp32", 0)
+@pytest.mark.parametrize("c", [20, 24])
+@pytest.mark.parametrize("isa", [isa for isa, precision in READY if precision == "fp32"])
+def test_maps_come_out_bit_for_bit(rng, isa, c):
+    x = draw(rng, 1, 3, 4, c)
+    x[0, 0, 0, :5] = -0.0, 1e-41, -1e-45, np.inf, np.nan
+    for y in Network([Feature(c), Feature(c)], isa=isa).run(x):
+        assert np.array_equal(y.view(np.uint32), x.view(np.uint32))
 
 
-def test_a_missing_or_foreign_library_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(tmp_path / "no.so"))
-    with pytest.raises(ValueError, match=r"library .*no\.so, which FASTERNET_NATIVE_LIBRARY names, does not exist"):
-        Network([Head(np.ones((2, 3), np.float32))])
-    broken = tmp_path / "broken.so"
-    broken.write_bytes(b"nothing")
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(broken))
-    assert "cannot be loaded" in (native.explain_native() or "")
-    monkeypatch.delenv(native.LIBRARY_VARIABLE)
-    monkeypatch.setattr(native, "_BUILT", tmp_path / "libfasternet.so")
-    assert "was not built when fasternet was installed" in (native.explain_native() or "")
+@on_every_isa
+def test_means_of_many_pixels_stay_exact(isa, precision):
+    x = np.full((1, 1024, 1024, 4), 0.1, np.float32)
+    eye = np.eye(4, dtype=np.float32)
+    (y,) = Network([Head(eye, activation="none")], precision=precision, isa=isa).run(x)
+    assert np.abs(y / 0.1 - 1).max() < {"fp32": 2e-5, "bf16": 5e-3}[precision]
 
 
-def zeros(*shape, dtype=np.float32):
-    return np.zeros(shape, dtype)
+def test_workers_run_where_their_caller_may(rng):
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one processor")
+    network, x = Network(create_network(rng)), draw(rng, 1, 3, 16, 16)
+    network.run(x, threads=2)
+    every, one, tasks = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}, Path("/proc/self/task")
 
+    def count(allowed):
+        return sum(os.sched_getaffinity(int(task.name)) == allowed for task in tasks.iterdir())
 
-@pytest.mark.parametrize(
-    ("layers", "sentence"),
-    [
-        ([], "must hold a Feature or a Head"),
-        ([Patch(zeros(4, 3, 4, 4))], "must hold a Feature or a Head"),
-        (["patch", Feature(4)], "must be some of Patch, Block, PartialConv, Feature, Head"),
-        ([Patch(zeros(4, 3, 4, 4, dtype=np.float64)), Feature(4)], r"a Patch, weight .* \(out, C, k, k\), not float64"),
-        ([Patch(zeros(4, 3, 4, 3)), Feature(4)], r"weight must be a float32 array"),
-        ([Patch(zeros(4, 3, 4, 4), zeros(5)), Feature(4)], r"bias must be a float32 array \(4\), not float32 \(5,\)"),
-        ([Patch(zeros(4, 3, 4, 4), mean=zeros(3)), Feature(4)], "both mean and std, or neither"),
-        ([Patch(zeros(4, 3, 0, 0)), Feature(4)], "weight must be a float32 array"),
-        (
-            [Feature(3), Patch(zeros(4, 3, 2, 2), None, zeros(3), zeros(3)), Feature(4)],
-            "no mean and std after the first",
-        ),
-        ([Patch(zeros(4, 3, 4, 4)), Feature(5)], "takes 5 channels, the one before gives 4"),
-        ([Head(zeros(4, 3)), Feature(4)], "a head, which must be the last"),
-        ([Head(zeros(4, 3), classifier_bias=zeros(4))], "no classifier_bias without a classifier"),
-        ([Head(zeros(4, 3), activation="silu")], "activation must be one of none, relu, gelu, not 'silu'"),
-        ([PartialConv(zeros(2, 2, 2, 2), 4), Feature(4)], "kernel_size of 2"),
-        ([PartialConv(zeros(2, 3, 3, 3), 4), Feature(4)], r"weight must be a float32 array \(Cp, Cp, k, k\)"),
-        ([PartialConv(zeros(2, 2, 3, 3), 4, 3), Feature(4)], "channels that it does not have"),
-        ([PartialConv(zeros(2, 2, 3, 3), 4, -1), Feature(4)], "start must be an integer from 0 to 4, not -1"),
-        ([PartialConv(zeros(2, 2, 3, 3), 4.0), Feature(4)], "channels must be an integer"),
-        (
-            [Block(zeros(2, 2, 3, 3), zeros(8, 4), None, zeros(8, 4)), Feature(4)],
-            r"project .* \(4, 8\), not float32 \(8, 4\)",
-        ),
-        ([Block(None, zeros(8, 4), None, zeros(4, 8)), Feature(4)], "partial must be a float32 array .* not None"),
-    ],
-)
-def test_layers_that_do_not_fit_are_refused(layers, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
-        Network(layers)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"x": [1]}, "x must be an array of four dimensions, not list"),
-        ({"x": zeros(3, 16, 16)}, r"four dimensions, not float32 \(3, 16, 16\)"),
-        ({"x": zeros(1, 3, 16, 16, dtype=np.float64)}, "x must be float32 or uint8, not float64"),
-        ({"x": zeros(1, 4, 16, 16)}, "x must have 3 channels, not 4"),
-        ({"x": zeros(1, 16, 16, 3)}, "x must have 3 channels, not 16 .* layout NCHW"),
-        ({"x": zeros(0, 3, 16, 16)}, "the input is empty: 0 pictures of 16 x 16"),
-        ({"x": zeros(1, 3, 7, 16)}, "too small"),
-        ({"layout": "CHWN"}, "layout must be one of NCHW, NHWC, not 'CHWN'"),
-        ({"threads": 0}, "threads must be an integer from 1 to 1024, not 0"),
-        ({"threads": 1.5}, r"threads must be an integer .*, not 1\.5"),
-        ({"out": []}, "out must hold 3 arrays, not 0"),
-        (
-            {"out": [zeros(1, 4, 4, 8), zeros(1, 2, 2, 16), zeros(1, 6)]},
-            r"out\[2\] must be .* \(1, 5\), not float32 \(1, 6\)",
-        ),
-        ({"out": [zeros(1, 4, 4, 8), zeros(1, 2, 2, 16), zeros(1, 10)[:, ::2]]}, r"out\[2\] must be a contiguous"),
-        ({"seconds": zeros(7)}, r"seconds must be a contiguous, writeable float64 array \(7,\), not float32"),
-    ],
-)
-def test_arguments_of_run_that_do_not_fit_are_refused(rng, arguments, sentence):
-    network = Network(create_network(rng))
-    with pytest.raises(ValueError, match=sentence) as error:
-        network.run(**{"x": zeros(1, 3, 16, 16), **arguments})
-    assert "\n" not in str(error.value)
-
-
-def test_uint8_needs_the_normalisation_and_maps_need_float32(rng):
-    network = Network([Patch(zeros(4, 3, 4, 4)), Feature(4)])
-    with pytest.raises(ValueError, match="uint8 pictures need the mean and std"):
-        network.run(zeros(1, 3, 8, 8, dtype=np.uint8))
-    with pytest.raises(ValueError, match="a map must be float32"):
-        Network([Feature(4)]).run(zeros(1, 8, 8, 4, dtype=np.uint8))
-
-
-def test_too_large_an_input_is_out_of_memory_in_one_sentence():
-    network = Network([Patch(zeros(2048, 3, 1, 1)), Head(zeros(2, 2048))])
-    out = zeros(1, 2)
-    given = native._Input(out.ctypes.data, 0, 1, 1, 3, 2**23, 2**23)  # refused before a pixel is read
-    pointers = (ctypes.c_void_p * 1)(out.ctypes.data)
-    with pytest.raises(MemoryError, match="not enough memory"):
-        native._check(network._library.fn_run, network._handle, ctypes.byref(given), pointers, 1, None)
-
-
-def test_torch_is_not_imported():
-    code = "import sys, fasternet.native; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    try:
+        os.sched_setaffinity(0, one)
+        network.run(x, threads=2)
+        assert count(one) >= 2
+    finally:
+        os.sched_setaffinity(0, every)
+    network.run(x, threads=2)
+    assert count(one) == 0

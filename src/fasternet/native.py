@@ -1,6 +1,6 @@
 """Loads the C++ library and runs networks in it: the only file that knows its C interface (``csrc/fasternet.h``).
 
-Needs no torch. Maps are NHWC; C and ``out`` are channels, Cp those of the partial convolution, k its kernel size.
+Needs no torch. Maps are NHWC. The layers are those of ``fasternet.native_layers``.
 """
 
 from __future__ import annotations
@@ -10,84 +10,44 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+
+from fasternet.native_layers import Activation, Array, Block, Feature, Head, Layer, PartialConv, Patch
+
+__all__ = [
+    "ISAS",
+    "ISA_VARIABLE",
+    "LIBRARY_VARIABLE",
+    "PRECISIONS",
+    "Activation",
+    "Array",
+    "Block",
+    "Feature",
+    "Head",
+    "Layer",
+    "Network",
+    "PartialConv",
+    "Patch",
+    "explain_native",
+    "measure_peak",
+    "select_isa",
+]
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PRECISIONS = ("fp32", "bf16")
 ISA_VARIABLE = "FASTERNET_CPU_ISA"  # names the instruction set where the argument isa does not
 LIBRARY_VARIABLE = "FASTERNET_NATIVE_LIBRARY"  # names another build of the library
 
-_INTERFACE = 1  # FN_INTERFACE
+_INTERFACE = 2  # FN_INTERFACE
+_MOST_CHANNELS = 2**20
 _BUILT = Path(__file__).parent / "_native" / "libfasternet.so"  # where CMakeLists.txt puts it
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _LAYOUTS = {"NCHW": 0, "NHWC": 1}
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(np.uint8): 1}
-
-Array = npt.NDArray[np.float32]
-Activation = Literal["none", "relu", "gelu"]
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """Embedding or merging: a k x k convolution with stride k, and a bias.
-
-    ``mean`` and ``std`` (C), in the first layer only: what a uint8 picture, divided by 255, is normalised with.
-    """
-
-    weight: Array  # (out, C, k, k)
-    bias: Array | None = None  # (out)
-    mean: Array | None = None
-    std: Array | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """FasterNet block: ``x + project(activation(expand(pconv(x))))``; k is odd, ``start`` the first channel of Cp."""
-
-    partial: Array  # (Cp, Cp, k, k)
-    expand: Array  # (hidden, C)
-    expand_bias: Array | None  # (hidden)
-    project: Array  # (C, hidden)
-    project_bias: Array | None = None  # (C)
-    start: int = 0
-    activation: Activation = "gelu"
-
-
-@dataclass(frozen=True, eq=False)
-class PartialConv:
-    """Partial convolution of the channels from ``start`` on; the others pass through."""
-
-    weight: Array  # (Cp, Cp, k, k)
-    channels: int
-    start: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Feature:
-    """Gives the map to the caller, optionally times ``scale`` (C) plus ``shift`` (C); the trunk goes on without it."""
-
-    channels: int
-    scale: Array | None = None
-    shift: Array | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """Global average pooling, a linear layer, an activation, and a classifier where there is one."""
-
-    weight: Array  # (hidden, C)
-    bias: Array | None = None  # (hidden)
-    classifier: Array | None = None  # (out, hidden)
-    classifier_bias: Array | None = None  # (out)
-    activation: Activation = "gelu"
-
-
-Layer = Patch | Block | PartialConv | Feature | Head
 
 # Of each kind of layer (fn_kind), its arrays: name, place among the pointers of fn_layer, sizes.
 _KINDS = (Patch, Block, PartialConv, Feature, Head)
@@ -125,6 +85,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fn_explain": (_TEXT, (_TEXT, _TEXT)),
     "fn_select": (_TEXT, (_TEXT,)),
     "fn_interface": (_INT, ()),
+    "fn_source": (_TEXT, ()),
     "fn_measure_peak": (ctypes.c_double, (_TEXT, _TEXT, ctypes.c_double)),
     "fn_create": (_INT, (_POINTER, _INT, _TEXT, _TEXT, _POINTER, _TEXT, _LONG)),
     "fn_destroy": (None, (_POINTER,)),
@@ -143,25 +104,32 @@ def explain_native(isa: str | None = None, precision: str = "fp32") -> str | Non
         precision: "fp32" or "bf16".
 
     Returns:
-        None where they can, else one sentence.
+        None where they can, else one sentence; also where ``FASTERNET_CPU_ISA`` names no instruction set.
 
     Raises:
-        ValueError: There is no such instruction set or precision.
+        ValueError: ``isa`` is no instruction set, or ``precision`` none that there is.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    isa, name = (isa, "isa") if isa is not None else (os.environ.get(ISA_VARIABLE) or None, ISA_VARIABLE)
     if isa is not None and isa not in ISAS:
-        raise ValueError(f"{name} must be one of {', '.join(ISAS)}, not {isa!r}")
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, not {isa!r}")
+    forced = None if isa is not None else os.environ.get(ISA_VARIABLE) or None
+    if forced is not None and forced not in ISAS:
+        return f"{ISA_VARIABLE} must be one of {', '.join(ISAS)}, not {forced!r}"
     try:
         library = _library()
     except ValueError as error:
         return str(error)
-    if isa is None and library.fn_select(precision.encode()) is not None:
+    wanted = isa or forced
+    if wanted is None and library.fn_select(precision.encode()) is not None:
         return None
     # bf16 is asked of the processor, never computed by portable code unasked.
-    reason: bytes | None = library.fn_explain((isa or "avx512_bf16").encode(), precision.encode())
-    return None if reason is None else reason.decode()
+    reason: bytes | None = library.fn_explain((wanted or "avx512_bf16").encode(), precision.encode())
+    if reason is None:
+        return None
+    code = f" with instruction set {wanted}" if wanted else ""
+    asked = f", which {ISA_VARIABLE} asks for" if forced else ""
+    return f"engine cpu cannot compute in {precision}{code}{asked}: {reason.decode()}"
 
 
 def select_isa(isa: str | None, precision: str) -> tuple[str, str]:
@@ -201,7 +169,8 @@ def measure_peak(isa: str, precision: str, seconds: float = 0.2) -> float:
 class Network:
     """A list of layers, packed once for one instruction set and precision, run many times.
 
-    Several threads may share one (they wait for each other); several networks run side by side.
+    Several threads may share one (they wait for each other); several networks run side by side. A process that is
+    forked while another thread runs one must not use that one in the child, where it would wait for ever.
 
     Args:
         layers: Each takes what the one before gives; at least one ``Feature`` or a ``Head`` at the end. Copied.
@@ -235,9 +204,13 @@ class Network:
         del arrays  # had to live until here: the library has copied them
         self._handle = handle.value
         self._num_outputs = int(self._library.fn_num_outputs(handle.value))
-        weakref.finalize(
-            self, self._library.fn_destroy, handle.value
-        ).atexit = False  # another thread may be running it
+        self._last: tuple[object, list[tuple[int, ...]]] = None, []  # an input's form, the shapes of its outputs
+        end = weakref.finalize(self, self._library.fn_destroy, handle.value)
+        end.atexit = False  # another thread may be running it
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied and pickled: two would share what the library holds."""
+        raise TypeError("a Network cannot be copied or pickled: make another from the same layers")
 
     @property
     def num_bytes(self) -> int:
@@ -257,10 +230,10 @@ class Network:
 
         Args:
             x: Pictures, float32 or uint8, (N, C, H, W) or (N, H, W, C) as ``layout`` says. For a network that does not
-                start with a ``Patch``: maps, float32 (N, H, W, C). What is not contiguous is copied.
+                start with a ``Patch``: maps, float32 (N, H, W, C). What is not contiguous and aligned is copied.
             layout: "NCHW" or "NHWC"; of pictures only.
             threads: Share the work; the result does not depend on it.
-            out: Where the results go, as a former call returned them; None: new arrays.
+            out: Where the results go, as a former call returned them, none of them in ``x``; None: new arrays.
             seconds: (number of layers) float64, receives where the time went, the mean over the threads.
 
         Returns:
@@ -276,6 +249,8 @@ class Network:
         outputs = [np.empty(shape, np.float32) for shape in shapes] if out is None else list(out)
         if len(outputs) != len(shapes):
             raise ValueError(f"out must hold {len(shapes)} arrays, not {len(outputs)}")
+        if out is not None and any(np.may_share_memory(x, array) for array in outputs if isinstance(array, np.ndarray)):
+            raise ValueError("out must not share memory with x, which would be overwritten while it is read")
         pairs = enumerate(zip(outputs, shapes, strict=True))
         pointers = (ctypes.c_void_p * len(shapes))(*(_point(f"out[{i}]", *pair, np.float32) for i, pair in pairs))
         times = None if seconds is None else _point("seconds", seconds, (self._num_layers,), np.float64)
@@ -294,15 +269,20 @@ class Network:
         c, h, w = rest if layout == "NCHW" else (rest[2], *rest[:2])
         if c != self._channels:
             raise ValueError(f"x must have {self._channels} channels, not {c} (shape {x.shape}, layout {layout})")
-        x = np.ascontiguousarray(x)
+        x = np.require(x, requirements=("C", "A"))
         return x, _Input(x.ctypes.data, _DTYPES[x.dtype], _LAYOUTS[layout], n, c, h, w)
 
     def _shape_outputs(self, given: _Input) -> list[tuple[int, ...]]:
+        form = given.n, given.h, given.w, given.layout, given.dtype
+        known, shapes = self._last  # read at once: another thread may replace it
+        if known == form:
+            return shapes
         sizes = (ctypes.c_int64 * 4)()
-        shapes: list[tuple[int, ...]] = []
+        shapes = []
         for i in range(self._num_outputs):
             _check(self._library.fn_output_shape, self._handle, ctypes.byref(given), i, sizes)
             shapes.append((sizes[0], sizes[3]) if self._has_head and i == self._num_outputs - 1 else tuple(sizes))
+        self._last = form, shapes
         return shapes
 
 
@@ -311,7 +291,7 @@ def _to_struct(layer: Layer, where: str, arrays: list[Array]) -> _Layer:
     struct = _Layer(kind=_KINDS.index(type(layer)))
     sizes: dict[str, int] = {}
     if isinstance(layer, PartialConv | Feature):
-        sizes["C"] = _check_integer(f"{where} channels", layer.channels, 1, 2**24)
+        sizes["C"] = _check_integer(f"{where} channels", layer.channels, 1, _MOST_CHANNELS)
     for name, place, letters in _ARRAYS[struct.kind]:
         array = getattr(layer, name)
         if array is None and letters in _OPTIONAL:
@@ -320,6 +300,8 @@ def _to_struct(layer: Layer, where: str, arrays: list[Array]) -> _Layer:
         struct.pointers[place] = arrays[-1].ctypes.data
     if isinstance(layer, Patch) and (layer.mean is None) != (layer.std is None):
         raise ValueError(f"{where} must have both mean and std, or neither")
+    if isinstance(layer, Patch) and layer.std is not None and not (layer.std > 0).all():
+        raise ValueError(f"{where} std must be positive, not {layer.std.min()}")
     if isinstance(layer, Head) and layer.classifier is None and layer.classifier_bias is not None:
         raise ValueError(f"{where} must have no classifier_bias without a classifier")
     if isinstance(layer, Block | PartialConv):
@@ -339,8 +321,10 @@ def _check_weight(name: str, array: object, letters: list[str], sizes: dict[str,
     expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
     if isinstance(array, np.ndarray) and array.dtype == np.float32 and array.ndim == len(letters) and array.size:
         shape: tuple[int, ...] = array.shape
+        if max(shape) > _MOST_CHANNELS:
+            raise ValueError(f"{name} must have sizes from 1 to {_MOST_CHANNELS}, not {_describe(array)}")
         if all(sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=True)):
-            return np.ascontiguousarray(array)
+            return np.require(array, requirements=("C", "A"))
     raise ValueError(f"{name} must be a float32 array ({expected}), not {_describe(array)}")
 
 
@@ -353,10 +337,9 @@ def _check_integer(name: str, value: object, low: int, high: int) -> int:
 def _point(name: str, array: Any, shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> int:
     """Return where an array lies that the library may write to."""
     fits = isinstance(array, np.ndarray) and array.shape == shape and array.dtype == dtype
-    if not (fits and array.flags.c_contiguous and array.flags.writeable):
-        raise ValueError(
-            f"{name} must be a contiguous, writeable {dtype.__name__} array {shape}, not {_describe(array)}"
-        )
+    if not (fits and array.flags.carray):
+        kind = "contiguous, aligned, writeable"
+        raise ValueError(f"{name} must be a {kind} {dtype.__name__} array {shape}, not {_describe(array)}")
     return int(array.ctypes.data)
 
 
@@ -373,7 +356,7 @@ def _check(function: Any, *arguments: Any) -> None:
 
 
 def _library() -> ctypes.CDLL:
-    return _load(Path(os.environ.get(LIBRARY_VARIABLE) or _BUILT))
+    return _load(Path(os.environ.get(LIBRARY_VARIABLE) or _BUILT).absolute())
 
 
 @functools.cache

@@ -319,7 +319,7 @@ template <> inline void Layers<Tiles>::convolve(const BlockPlan &plan, const Pla
     const int64_t k = plan.kernel_size, channels = plan.partial_channels, pitch = (width + k - 1) * channels;
     const bf16 *corner = (const bf16 *)plane.data + first / width * pitch + first % width * channels;
     Job job;
-    job.num_segments = int32_t(k), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
+    job.num_segments = int32_t(k);
     job.out = out, job.out_stride = plan.partial_stride;
     for (int64_t row = 0; row < k; ++row)
         job.segments[row] = {corner + row * pitch, channels, k * channels};
@@ -331,10 +331,8 @@ template <> inline void Layers<Tiles>::merge(const Product *product, int64_t k, 
                                              const Plane *next, const Work *work) {
     const int64_t y = work->first / out->width, x = work->first % out->width;
     Job job;
-    job.num_segments = int32_t(k), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
+    read_filter(job, k, *in, y, x);
     job.out = at(*out, work->first), job.out_stride = out->stride;
-    for (int64_t row = 0; row < k; ++row)
-        job.segments[row] = {at(*in, (y * k + row) * in->width + x * k), k * in->stride, k * in->stride};
     const int64_t jump = (k * in->width - out->width * k) * in->stride;
     multiply_lines(*product, job, {x, out->width, jump}, 0, work->last - work->first, 0, product->num_panels);
     fill_plane(*next, *out, work->first, work->last);

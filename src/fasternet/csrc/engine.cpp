@@ -56,10 +56,10 @@ const Choice CHOICES[] = {
 };
 
 #if defined(__x86_64__)
-bool permits_amx() {
 #if defined(FN_EMULATE_TILES)
-    return true; // nothing is asked of the processor
-#endif
+bool permits_amx() { return true; } // nothing is asked of the processor
+#else
+bool permits_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16))
@@ -67,6 +67,7 @@ bool permits_amx() {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
+#endif
 
 bool has(Needs needs) {
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -74,8 +75,8 @@ bool has(Needs needs) {
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     static const bool amx = bf16 && permits_amx();
-    return needs == NOTHING || (needs == AVX2 && avx2) || (needs == AVX512 && avx512) || (needs == AVX512_BF16 && bf16) ||
-           (needs == AMX && amx);
+    return needs == NOTHING || (needs == AVX2 && avx2) || (needs == AVX512 && avx512) ||
+           (needs == AVX512_BF16 && bf16) || (needs == AMX && amx);
 }
 #else
 bool has(Needs needs) { return needs == NOTHING; }
@@ -90,36 +91,68 @@ const Choice *find(const char *isa, const char *precision) {
     return nullptr;
 }
 
+constexpr int64_t MOST_CHANNELS = 1 << 20;
+
+// Throw what names the value and what is allowed.
+void check_range(const std::string &name, int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high)
+        throw Refusal{name + " must be from " + std::to_string(low) + " to " + std::to_string(high) + ", not " +
+                      std::to_string(value)};
+}
+
+void check_kernel(const fn_layer &l, bool first, const std::string &name) {
+    const int64_t k = l.kernel_size;
+    const std::string what = name + " has kernel_size " + std::to_string(k);
+    if (l.kind != FN_PATCH) {
+        if (k < 1 || k >= MAX_SEGMENTS || k % 2 == 0)
+            throw Refusal{what + ": it must be odd and from 1 to " + std::to_string(MAX_SEGMENTS - 1)};
+        check_range(name + " partial_channels", l.partial_channels, 1, l.in_channels);
+        check_range(name + " partial_start", l.partial_start, 0, l.in_channels - l.partial_channels);
+        return;
+    }
+    check_range(name + " kernel_size", k, 1, MAX_SEGMENTS);
+    if (first && k * l.in_channels > MAX_SEGMENTS)
+        throw Refusal{what + " and " + std::to_string(l.in_channels) + " channels: their product may be " +
+                      std::to_string(MAX_SEGMENTS) + " at most in the first layer"};
+    if (!first && l.in_channels % PAD && k * k > MAX_SEGMENTS)
+        throw Refusal{what + " and " + std::to_string(l.in_channels) + " channels, not a multiple of " +
+                      std::to_string(PAD) + ": the square of kernel_size may then be " + std::to_string(MAX_SEGMENTS) +
+                      " at most"};
+}
+
+void check_layer(const fn_layer &l, bool first, const std::string &name) {
+    const bool partial = l.kind == FN_BLOCK || l.kind == FN_PCONV;
+    check_range(name + " kind", l.kind, FN_PATCH, FN_HEAD);
+    check_range(name + " in_channels", l.in_channels, 1, MOST_CHANNELS);
+    check_range(name + " out_channels", l.out_channels, 1, MOST_CHANNELS);
+    check_range(name + " activation", l.activation, FN_IDENTITY, FN_GELU);
+    if (l.kind == FN_BLOCK || l.kind == FN_HEAD)
+        check_range(name + " hidden_channels", l.hidden_channels, 1, MOST_CHANNELS);
+    if ((partial || l.kind == FN_FEATURE) && l.out_channels != l.in_channels)
+        throw Refusal{name + " must have out_channels equal to its in_channels, " + std::to_string(l.in_channels) +
+                      ", not " + std::to_string(l.out_channels)};
+    if (l.kind == FN_HEAD && !l.weight[1] && l.out_channels != l.hidden_channels)
+        throw Refusal{name + " has no second weight: its out_channels must equal its hidden_channels, " +
+                      std::to_string(l.hidden_channels) + ", not be " + std::to_string(l.out_channels)};
+    if (l.kind == FN_PATCH || partial)
+        check_kernel(l, first, name);
+    const int weights = l.kind == FN_FEATURE ? 0 : l.kind == FN_BLOCK ? 3 : 1;
+    for (int i = 0; i < weights; ++i)
+        if (!l.weight[i])
+            throw Refusal{name + " lacks weight[" + std::to_string(i) + "]"};
+}
+
 void check_layers(const fn_layer *layers, int32_t count) {
     if (count < 1)
-        throw Refusal{"a network needs at least one layer"};
+        throw Refusal{"a network needs at least one layer, not " + std::to_string(count)};
     for (int32_t i = 0; i < count; ++i) {
-        const fn_layer &l = layers[i];
         const std::string name = "layer " + std::to_string(i);
-        const bool partial = l.kind == FN_BLOCK || l.kind == FN_PCONV;
-        if (l.kind < FN_PATCH || l.kind > FN_HEAD)
-            throw Refusal{name + " is of unknown kind " + std::to_string(l.kind)};
-        if (l.in_channels < 1 || l.out_channels < 1 || l.in_channels > (1 << 20) || l.out_channels > (1 << 20))
-            throw Refusal{name + " must have from 1 to 2^20 channels"};
-        if (i && l.in_channels != layers[i - 1].out_channels)
-            throw Refusal{name + " takes " + std::to_string(l.in_channels) + " channels, the one before gives " +
-                          std::to_string(layers[i - 1].out_channels)};
-        if ((l.kind == FN_PATCH || partial) && (l.kernel_size < 1 || (partial && l.kernel_size % 2 == 0)))
-            throw Refusal{name + " has a kernel_size of " + std::to_string(l.kernel_size) + ", which is not allowed"};
-        if (l.kind == FN_PATCH && (i ? 1 : l.in_channels) * int64_t(l.kernel_size) > MAX_SEGMENTS)
-            throw Refusal{name + " has too many channels or too large a kernel: their product may be 64 at most"};
-        if (partial && (l.kernel_size > MAX_SEGMENTS || l.partial_channels < 1 || l.partial_start < 0 ||
-                        int64_t(l.partial_start) + l.partial_channels > l.in_channels))
-            throw Refusal{name + " convolves channels that it does not have, or with a kernel above 64"};
-        if (l.kind == FN_HEAD && i + 1 != count)
-            throw Refusal{name + " is a head, which must be the last layer"};
-        if ((l.kind == FN_BLOCK || l.kind == FN_HEAD) && (l.hidden_channels < 1 || l.hidden_channels > (1 << 20)))
-            throw Refusal{name + " must have from 1 to 2^20 hidden channels"};
-        if (l.activation < FN_IDENTITY || l.activation > FN_GELU)
-            throw Refusal{name + " has unknown activation " + std::to_string(l.activation)};
-        const bool complete = l.kind == FN_FEATURE || (l.weight[0] && (l.kind != FN_BLOCK || (l.weight[1] && l.weight[2])));
-        if (!complete)
-            throw Refusal{name + " lacks weights"};
+        check_layer(layers[i], i == 0, name);
+        if (i && layers[i].in_channels != layers[i - 1].out_channels)
+            throw Refusal{name + " takes " + std::to_string(layers[i].in_channels) +
+                          " channels, the one before gives " + std::to_string(layers[i - 1].out_channels)};
+        if (layers[i].kind == FN_HEAD && i + 1 != count)
+            throw Refusal{name + " is a head, which must be the last of " + std::to_string(count) + " layers"};
     }
 }
 
@@ -138,6 +171,8 @@ template <class Action> int guard(char *message, int64_t size, Action action) {
         return fail(FN_OUT_OF_MEMORY, "there is not enough memory for this network at this batch and size");
     } catch (const std::system_error &) {
         return fail(FN_OUT_OF_MEMORY, "the system starts no more threads");
+    } catch (...) {
+        return fail(FN_INVALID, "the CPU engine failed for a reason that it does not know");
     }
 }
 
@@ -156,20 +191,24 @@ const char *fn_explain(const char *isa, const char *precision) {
         if (same(set, isa)) {
             const bool bf16 = same(set, "avx512_bf16") || same(set, "amx");
             if (bf16 != same(precision, "bf16"))
-                return bf16 ? "this instruction set computes in bf16 alone" : "this instruction set computes in fp32 alone";
-            return "the library was built without this instruction set";
+                return bf16 ? "it computes in bf16 alone" : "it computes in fp32 alone";
+            return "the library was built without it, by a compiler that does not know it or for another processor";
         }
     return "the instruction set is not one of portable, avx2, avx512, avx512_bf16, amx";
 }
 
 const char *fn_select(const char *precision) {
     for (const Choice &choice : CHOICES)
-        if (same(choice.precision, precision) && has(choice.needs) && !(same(precision, "bf16") && choice.needs == NOTHING))
-            return choice.isa;
+        if (same(choice.precision, precision) && has(choice.needs)) {
+            const bool emulated = same(precision, "bf16") && choice.needs == NOTHING;
+            return emulated ? nullptr : choice.isa;
+        }
     return nullptr;
 }
 
 int32_t fn_interface(void) { return FN_INTERFACE; }
+
+const char *fn_source(void) { return FN_SOURCE; }
 
 double fn_measure_peak(const char *isa, const char *precision, double seconds) {
     const Choice *choice = find(isa, precision);
@@ -180,7 +219,8 @@ int fn_create(const fn_layer *layers, int32_t num_layers, const char *isa, const
               char *message, int64_t size) {
     return guard(message, size, [&] {
         if (const char *reason = fn_explain(isa, precision))
-            throw Refusal{reason};
+            throw Refusal{"instruction set " + std::string(isa ? isa : "NULL") + " cannot compute in " +
+                          (precision ? precision : "NULL") + ": " + reason};
         check_layers(layers, num_layers);
         *network = new fn_network{Network(layers, num_layers, *find(isa, precision)->kernels)};
     });
@@ -195,13 +235,13 @@ int fn_output_shape(const fn_network *network, const fn_input *input, int32_t ou
     return guard(message, size, [&] { network->network.output_shape(*input, output, shape); });
 }
 
-int64_t fn_num_bytes(const fn_network *network) { return const_cast<fn_network *>(network)->network.num_bytes(); }
+int64_t fn_num_bytes(const fn_network *network) { return network->network.num_bytes(); }
 
 int fn_run(fn_network *network, const fn_input *input, float *const *outputs, int32_t threads, double *seconds,
            char *message, int64_t size) {
     return guard(message, size, [&] {
         if (threads < 1 || threads > 1024)
-            throw Refusal{"threads must be from 1 to 1024, got " + std::to_string(threads)};
+            throw Refusal{"threads must be from 1 to 1024, not " + std::to_string(threads)};
         network->network.run(*input, outputs, threads, seconds);
     });
 }

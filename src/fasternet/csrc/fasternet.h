@@ -13,14 +13,14 @@ extern "C" {
 #endif
 
 #define FN_API __attribute__((visibility("default")))
-#define FN_INTERFACE 1 /* raised with every change of this file */
+#define FN_INTERFACE 2 /* raised with every change of this file */
 
 enum fn_status { FN_OK = 0, FN_INVALID = 1, FN_OUT_OF_MEMORY = 2 };
 enum fn_kind {
     FN_PATCH = 0,   /* embedding, merging: k x k convolution with stride k, plus bias */
     FN_BLOCK = 1,   /* FasterNet block: x + W2 * act(W1 * pconv(x) + b1) + b2 */
     FN_PCONV = 2,   /* partial convolution alone */
-    FN_FEATURE = 3, /* gives the map to the caller, optionally times a scale plus a shift; the trunk goes on without it */
+    FN_FEATURE = 3, /* gives the map to the caller, maybe times a scale plus a shift; the trunk goes on without it */
     FN_HEAD = 4     /* global average pooling, linear, activation, and a classifier where there is one */
 };
 enum fn_activation { FN_IDENTITY = 0, FN_RELU = 1, FN_GELU = 2 };
@@ -28,12 +28,14 @@ enum fn_dtype { FN_FLOAT32 = 0, FN_UINT8 = 1 };
 enum fn_layout { FN_NCHW = 0, FN_NHWC = 1 };
 
 /* One layer. Weights are float32 and dense, in PyTorch's order; a pointer that is not named is NULL.
+ * Channels are from 1 to 2^20. An embedding's kernel_size * in_channels is at most 64; a merging's kernel_size is, and
+ * its square where in_channels is not a multiple of 8.
  *   FN_PATCH    weight[0] (out, in, k, k), bias[0] (out) or NULL; in the first layer mean, std (in) or NULL: what a
  *               uint8 picture, divided by 255, is normalised with (NULL: a uint8 picture is refused)
  *   FN_BLOCK    weight[0] (Cp, Cp, k, k), weight[1] (hidden, C), bias[1] or NULL, weight[2] (C, hidden), bias[2] or
  *               NULL; out_channels == in_channels; padding k / 2, k odd
- *   FN_PCONV    weight[0] (Cp, Cp, k, k)
- *   FN_FEATURE  weight[0] (C) or NULL, bias[0] (C) or NULL
+ *   FN_PCONV    weight[0] (Cp, Cp, k, k); out_channels == in_channels
+ *   FN_FEATURE  weight[0] (C) or NULL, bias[0] (C) or NULL; out_channels == in_channels
  *   FN_HEAD     weight[0] (hidden, C), bias[0] or NULL; weight[1] (out, hidden) or NULL (then out == hidden),
  *               bias[1] (out) or NULL; activation is after the first
  */
@@ -57,6 +59,8 @@ FN_API const char *fn_explain(const char *isa, const char *precision);
 /* The fastest that runs here in a precision, or NULL: bf16 is never emulated unless portable is asked for. */
 FN_API const char *fn_select(const char *precision);
 FN_API int32_t fn_interface(void);
+/* SHA-256 of the sources that the library was built from (CMakeLists.txt). */
+FN_API const char *fn_source(void);
 
 /* Multiply-adds per second of one core in registers: the floor under every latency. Runs for about `seconds`. */
 FN_API double fn_measure_peak(const char *isa, const char *precision, double seconds);

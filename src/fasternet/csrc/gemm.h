@@ -14,8 +14,8 @@ template <int ROWS, int FULL, int NARROW> struct Sums {
     Floats<NARROW ? TAIL : LANES> narrow[ROWS];
 };
 
-template <class A, int ROWS, int FULL, int NARROW> inline void step(
-    Sums<ROWS, FULL, NARROW> &sums, const typename A::Word *words, const char *weights) {
+template <class A, int ROWS, int FULL, int NARROW>
+inline void step(Sums<ROWS, FULL, NARROW> &sums, const typename A::Word *words, const char *weights) {
     constexpr int N = NARROW ? TAIL : LANES;
     typename A::template Weights<LANES> w[FULL ? FULL : 1];
     typename A::template Weights<N> v;
@@ -31,7 +31,8 @@ template <class A, int ROWS, int FULL, int NARROW> inline void step(
         for (int j = 0; j < FULL; ++j)
             sums.full[i][j] = A::template multiply_add<LANES>(x, w[j], sums.full[i][j]);
         if constexpr (NARROW)
-            sums.narrow[i] = A::template multiply_add<N>(load_as<typename A::template Weights<N>>(&x), v, sums.narrow[i]);
+            sums.narrow[i] =
+                A::template multiply_add<N>(load_as<typename A::template Weights<N>>(&x), v, sums.narrow[i]);
     }
 }
 
@@ -65,7 +66,8 @@ template <class A, int ROWS, int FULL, int NARROW> inline void accumulate(
     }
 }
 
-template <int L, class T> inline void begin(Floats<L> &sum, const Job &job, const float *bias, int64_t row, int64_t column) {
+template <int L, class T>
+inline void begin(Floats<L> &sum, const Job &job, const float *bias, int64_t row, int64_t column) {
     sum = load<L>(bias);
     if (job.shortcut)
         sum += load<L>((const T *)job.shortcut + row * job.shortcut_stride + column);
@@ -142,7 +144,8 @@ template <class A> inline constexpr KernelTable<A> KERNELS{};
 
 // Apply panels [first_panel, last_panel) to pixels [first, last). A panel stays in the cache while the pixels pass.
 template <class A>
-inline void apply(const Product &product, const Job &job, int64_t first, int64_t last, int first_panel, int last_panel) {
+inline void apply(const Product &product, const Job &job, int64_t first, int64_t last, int first_panel,
+                  int last_panel) {
     for (int n = first_panel; n < last_panel; ++n) {
         const Panel &panel = product.panels[n];
         const int64_t most = count_rows(panel.slots), groups = (last - first + most - 1) / most;

@@ -44,13 +44,13 @@ inline double now() {
 
 #if defined(FN_ISA_AMX)
 #include "amx.h"
-extern const Kernels BF16 = create_tile_kernels(FN_STRING(FN_NAMESPACE));
+extern constinit const Kernels BF16 = create_tile_kernels(FN_STRING(FN_NAMESPACE));
 #elif defined(FN_HAS_DPBF16)
-extern const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
+extern constinit const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
 #else
-extern const Kernels FP32 = create_kernels<Fp32>(FN_STRING(FN_NAMESPACE), "fp32");
+extern constinit const Kernels FP32 = create_kernels<Fp32>(FN_STRING(FN_NAMESPACE), "fp32");
 #if defined(FN_ISA_PORTABLE)
-extern const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
+extern constinit const Kernels BF16 = create_kernels<Bf16>(FN_STRING(FN_NAMESPACE), "bf16");
 #endif
 #endif
 

@@ -13,8 +13,9 @@ size_t count_floats(const fn_layer *layers, int32_t count) {
         const auto in = size_t(l.in_channels), out = size_t(l.out_channels), hidden = size_t(l.hidden_channels);
         const auto k2 = size_t(l.kernel_size) * size_t(l.kernel_size), partial = size_t(l.partial_channels);
         floats += l.kind == FN_PATCH ? in * out * k2 : 0;
-        floats += l.kind == FN_BLOCK ? 2 * in * hidden + partial * partial * k2 : 0;
-        floats += l.kind == FN_HEAD ? in * hidden + hidden * out : 0;
+        floats += l.kind == FN_BLOCK ? 2 * in * hidden : 0;
+        floats += l.kind == FN_BLOCK || l.kind == FN_PCONV ? partial * partial * k2 : 0;
+        floats += l.kind == FN_HEAD ? in * hidden + (l.weight[1] ? hidden * out : 0) : 0;
     }
     return floats;
 }
@@ -25,15 +26,16 @@ std::vector<int64_t> range(int64_t first, int64_t last) {
     return indices;
 }
 
-// A filter's row ky is one segment: k pixels of `stride` channels, of which `channels` weigh something.
-Order order_rows(int64_t channels, int64_t stride, int64_t k) {
+// A filter's row is one segment, k pixels of all channels; or, where padding lies between pixels, every pixel is one.
+Order order_rows(int64_t channels, int64_t k, bool dense) {
     Order order;
-    for (int64_t y = 0; y < k; ++y) {
-        auto &segment = order.emplace_back();
-        for (int64_t x = 0; x < k; ++x)
-            for (int64_t c = 0; c < stride; ++c)
-                segment.push_back(c < channels ? (c * k + y) * k + x : -1);
-    }
+    for (int64_t y = 0; y < k; ++y)
+        for (int64_t x = 0; x < k; ++x) {
+            if (x == 0 || !dense)
+                order.emplace_back();
+            for (int64_t c = 0; c < channels; ++c)
+                order.back().push_back((c * k + y) * k + x);
+        }
     return order;
 }
 
@@ -48,11 +50,12 @@ Order order_planes(int64_t channels, int64_t k) {
 } // namespace
 
 Network::Network(const fn_layer *layers, int32_t count, const Kernels &kernels)
-    : kernels_(kernels), element_(kernels.word == 1 ? 4 : 2),
+    : kernels_(kernels), element_(kernels.word == 1 ? 4 : 2), // bytes
       arena_(std::min(size_t(1) << 30, count_floats(layers, count) * size_t(element_) * 9 / 8 + 4096)) {
     layers_.reserve(size_t(count));
     for (int32_t i = 0; i < count; ++i)
         add(layers[i]);
+    in_place_ = can_write_in_place();
 }
 
 void Network::add(const fn_layer &facts) {
@@ -68,6 +71,9 @@ void Network::add(const fn_layer &facts) {
     if (facts.kind == FN_FEATURE && facts.bias[0])
         layer.shift.assign(facts.bias[0], facts.bias[0] + facts.in_channels);
     num_outputs_ += !layer.makes_map();
+    layer.facts.mean = layer.facts.std = nullptr; // the caller's, and soon gone
+    for (int i = 0; i < 3; ++i)
+        layer.facts.weight[i] = layer.facts.bias[i] = nullptr;
 }
 
 // The first layer is packed for every form of picture: products[2 * is_uint8 + is_planar].
@@ -79,12 +85,13 @@ void Network::pack_patch(Layer &layer, bool first) {
         return pack(kernels_, arena_, weights, out, depth, order, bias, columns);
     };
     if (!first) {
-        layer.products[0] = pack_with(l.weight[0], order_rows(in, round_up(in, PAD), k), l.bias[0]);
+        layer.products[0] = pack_with(l.weight[0], order_rows(in, k, in % PAD == 0), l.bias[0]);
         return;
     }
-    layer.products[0] = pack_with(l.weight[0], order_rows(in, in, k), l.bias[0]);
+    layer.products[0] = pack_with(l.weight[0], order_rows(in, k, true), l.bias[0]);
     layer.products[1] = pack_with(l.weight[0], order_planes(in, k), l.bias[0]);
-    if (!l.mean || !l.std)
+    takes_uint8_ = l.mean && l.std;
+    if (!takes_uint8_)
         return;
     std::vector<float> scaled(size_t(out * depth)), bias(static_cast<size_t>(out));
     for (int64_t n = 0; n < out; ++n) {
@@ -96,7 +103,7 @@ void Network::pack_patch(Layer &layer, bool first) {
         }
         bias[size_t(n)] = float(sum);
     }
-    layer.products[2] = pack_with(scaled.data(), order_rows(in, in, k), bias.data());
+    layer.products[2] = pack_with(scaled.data(), order_rows(in, k, true), bias.data());
     layer.products[3] = pack_with(scaled.data(), order_planes(in, k), bias.data());
 }
 
@@ -106,7 +113,9 @@ void Network::pack_block(Layer &layer) {
     const int64_t start = l.partial_start, k = l.kernel_size;
     BlockPlan &plan = layer.block;
     plan = {{}, {}, {}, k, start, partial, round_up(hidden, 2 * PAD), round_up(partial, 2 * PAD), l.activation};
-    plan.partial = pack(kernels_, arena_, l.weight[0], partial, partial * k * k, order_rows(partial, partial, k), nullptr,
+    if (kernels_.depth_multiple > 1 && plan.hidden_stride % 512 == 0)
+        plan.hidden_stride += 32; // the 16 rows of a tile would fall on few of the cache's sets
+    plan.partial = pack(kernels_, arena_, l.weight[0], partial, partial * k * k, order_rows(partial, k, true), nullptr,
                         partial);
     if (l.kind == FN_PCONV)
         return;

@@ -34,8 +34,7 @@ template <class A> struct Layers {
                          Element *out) {
         Job job;
         const int64_t k = plan.kernel_size, channels = plan.partial_channels, pitch = (width + k - 1) * channels;
-        job.num_segments = int32_t(k), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
-        job.out_stride = plan.partial_stride;
+        job.num_segments = int32_t(k), job.out_stride = plan.partial_stride;
         for (int n = 0; n < plan.partial.num_panels; ++n)
             for (int64_t p = first; p < last;) {
                 const int64_t y = p / width, x = p % width, end = last - p < width - x ? last : p + width - x;
@@ -48,7 +47,8 @@ template <class A> struct Layers {
             }
     }
 
-    static void block(const BlockPlan *plan, const Plane *current, const Map *map, const Plane *next, const Work *work) {
+    static void block(const BlockPlan *plan, const Plane *current, const Map *map, const Plane *next,
+                      const Work *work) {
         Element *partial = (Element *)work->partial, *hidden = (Element *)work->hidden;
         const int64_t after = plan->start + plan->partial_channels;
         for (int64_t first = work->first; first < work->last; first += work->tile) {
@@ -56,13 +56,12 @@ template <class A> struct Layers {
             convolve(*plan, *current, map->width, first, last, partial);
             Element *x = at(*map, first);
             Job job;
-            job.num_segments = 0;
             if (plan->start)
                 job.segments[job.num_segments++] = {x, map->stride, plan->start};
             job.segments[job.num_segments++] = {partial, plan->partial_stride, plan->partial_channels};
             if (after < map->channels)
                 job.segments[job.num_segments++] = {x + after, map->stride, map->channels - after};
-            job.activation = plan->activation, job.shortcut = nullptr, job.out_float = 0;
+            job.activation = plan->activation;
             job.out = hidden, job.out_stride = plan->hidden_stride;
             apply<A>(plan->expand, job, 0, last - first);
             job.segments[0] = {hidden, plan->hidden_stride, plan->project.depth};
@@ -73,7 +72,8 @@ template <class A> struct Layers {
         }
     }
 
-    static void pconv(const BlockPlan *plan, const Plane *current, const Map *map, const Plane *next, const Work *work) {
+    static void pconv(const BlockPlan *plan, const Plane *current, const Map *map, const Plane *next,
+                      const Work *work) {
         Element *partial = (Element *)work->partial;
         for (int64_t first = work->first; first < work->last; first += work->tile) {
             const int64_t last = first + work->tile < work->last ? first + work->tile : work->last;
@@ -84,17 +84,26 @@ template <class A> struct Layers {
         }
     }
 
+    // Where a merging begins to read for pixel (y, x) of its output: a filter's row is one segment, but where there is
+    // padding between pixels, every pixel is one. Infinity times the padding's weight of zero would be NaN.
+    static void read_filter(Job &job, int64_t k, const Map &in, int64_t y, int64_t x) {
+        const bool dense = in.stride == in.channels;
+        job.num_segments = 0;
+        for (int64_t row = 0; row < k; ++row)
+            for (int64_t column = 0; column < (dense ? 1 : k); ++column)
+                job.segments[job.num_segments++] = {at(in, (y * k + row) * in.width + x * k + column), k * in.stride,
+                                                    dense ? k * in.channels : in.channels};
+    }
+
     static void merge(const Product *product, int64_t k, const Map *in, const Map *out, const Plane *next,
                       const Work *work) {
         Job job;
-        job.num_segments = int32_t(k), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
         job.out_stride = out->stride;
         for (int n = 0; n < product->num_panels; ++n)
             for (int64_t p = work->first; p < work->last;) {
                 const int64_t y = p / out->width, x = p % out->width;
                 const int64_t end = work->last - p < out->width - x ? work->last : p + out->width - x;
-                for (int64_t row = 0; row < k; ++row)
-                    job.segments[row] = {at(*in, (y * k + row) * in->width + x * k), k * in->stride, k * in->stride};
+                read_filter(job, k, *in, y, x);
                 job.out = at(*out, p);
                 apply<A>(*product, job, 0, end - p, n, n + 1);
                 p = end;
@@ -127,12 +136,12 @@ template <class A> struct Layers {
     // Row by row of the output; `work->hidden` takes k converted rows of the picture where it is not read in place.
     static void embed(const Product *product, int64_t k, const Picture *picture, const Map *out, const Plane *next,
                       const Work *work) {
-        const int64_t planes = picture->is_planar ? picture->channels : 1, c = picture->is_planar ? 1 : picture->channels;
+        const bool planar = picture->is_planar;
+        const int64_t planes = planar ? picture->channels : 1, c = planar ? 1 : picture->channels;
         const int64_t pitch = picture->width * c, area = picture->height * pitch;
-        const bool in_place = sizeof(Element) == 4 && !picture->is_uint8 && !picture->is_planar; // planes: measured, copying pays
+        const bool in_place = sizeof(Element) == 4 && !picture->is_uint8 && !planar; // planes: measured, copying pays
         Job job;
-        job.num_segments = int32_t(k * planes), job.activation = 0, job.shortcut = nullptr, job.out_float = 0;
-        job.out_stride = out->stride;
+        job.num_segments = int32_t(k * planes), job.out_stride = out->stride;
         for (int64_t p = work->first; p < work->last;) {
             const int64_t y = p / out->width, x = p % out->width;
             const int64_t end = work->last - p < out->width - x ? work->last : p + out->width - x;
@@ -163,25 +172,36 @@ template <class A> struct Layers {
         for (int64_t p = work->first; p < work->last; ++p) {
             const Element *from = at(*map, p);
             float *to = out + p * map->channels;
+            if constexpr (sizeof(Element) == 4) {
+                if (!scale && !shift) { // bit for bit
+                    copy(to, from, map->channels);
+                    continue;
+                }
+            }
             for (int64_t c = 0; c < map->channels; ++c) {
                 float x;
                 if constexpr (sizeof(Element) == 4)
                     x = from[c];
                 else
                     x = widen(from[c]);
-                to[c] = (scale ? x * scale[c] : x) + (shift ? shift[c] : 0.0f);
+                x = scale ? x * scale[c] : x;
+                to[c] = shift ? x + shift[c] : x;
             }
         }
     }
 
-    // The mean over all pixels, in `map->stride` channels.
+    // The mean over all pixels, in `map->stride` channels: of sums over rows, which stay more exact than one long sum.
     static void pool(const Map *map, void *out) {
         const int64_t pixels = map->height * map->width;
         const Floats<4> size = splat<4>(float(pixels));
         for (int64_t c = 0; c < map->stride; c += 4) {
             Floats<4> sum = splat<4>(0.0f);
-            for (int64_t p = 0; p < pixels; ++p)
-                sum += load<4>(at(*map, p) + c);
+            for (int64_t p = 0; p < pixels;) {
+                Floats<4> row = splat<4>(0.0f);
+                for (const int64_t end = p + map->width; p < end; ++p)
+                    row += load<4>(at(*map, p) + c);
+                sum += row;
+            }
             store<4>((Element *)out + c, sum / size);
         }
     }
@@ -190,7 +210,7 @@ template <class A> struct Layers {
                        int32_t out_float, int32_t activation, int64_t rows, int32_t first_panel, int32_t last_panel) {
         Job job;
         job.segments[0] = {in, in_stride, product->depth};
-        job.num_segments = 1, job.activation = activation, job.shortcut = nullptr;
+        job.num_segments = 1, job.activation = activation;
         job.out = out, job.out_stride = out_stride, job.out_float = out_float;
         apply<A>(*product, job, 0, rows, first_panel, last_panel);
     }
@@ -221,6 +241,6 @@ template <class A> struct Layers {
 
 template <class A> inline constexpr Kernels create_kernels(const char *isa, const char *precision) {
     using L = Layers<A>;
-    return {isa,      precision, LANES,    TAIL,         A::UNIT,       SLOTS,   L::embed,  L::merge,
+    return {isa,      precision, LANES,       TAIL,         A::UNIT, SLOTS,     L::embed, L::merge,
             L::block, L::pconv,  L::load_map, L::store_map, L::pool, L::linear, L::peak};
 }

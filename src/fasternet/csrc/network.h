@@ -17,7 +17,7 @@ struct Refusal {
 };
 
 struct Layer {
-    fn_layer facts; // pointers are those of `feature` or null
+    fn_layer facts; // without its pointers
     Product products[4];
     BlockPlan block{};
     std::vector<float> scale, shift;
@@ -31,6 +31,9 @@ struct Place {
     Map in, out;
     Plane current, next;
     int64_t output; // number of the caller's output, -1: none
+    struct {
+        int64_t in, out, current, next;
+    } offsets; // in the picture's memory
 };
 
 class Network {
@@ -39,7 +42,7 @@ class Network {
 
     int32_t num_outputs() const { return num_outputs_; }
     void output_shape(const fn_input &input, int32_t output, int64_t shape[4]) const;
-    int64_t num_bytes();
+    int64_t num_bytes() const;
     void run(const fn_input &input, float *const *outputs, int threads, double *seconds);
 
   private:
@@ -47,17 +50,21 @@ class Network {
         int64_t h, w, pictures, threads;
         bool operator==(const Shape &) const = default;
     };
+    struct Bytes { // of a picture: its maps, then its planes; of a thread: partial sums, hidden channels
+        size_t maps, planes, partial, hidden;
+    };
     void add(const fn_layer &facts);
     void pack_patch(Layer &layer, bool first);
     void pack_block(Layer &layer);
     void pack_head(Layer &layer);
     void check(const fn_input &input) const;
+    void check_size(const fn_input &input) const;
     bool takes_pictures() const { return layers_[0].facts.kind == FN_PATCH; }
-    bool writes_in_place() const;
+    bool can_write_in_place() const;
     void follow(int64_t h, int64_t w, std::vector<Place> &places) const;
-    size_t lay_out(int64_t h, int64_t w, char *memory, std::vector<Place> &places) const;
+    Bytes lay_out(int64_t h, int64_t w, std::vector<Place> &places) const;
     int64_t choose_tile(const Layer &layer, int64_t pixels) const;
-    size_t scratch_bytes(const std::vector<Place> &places, int64_t width) const;
+    void measure_scratch(const std::vector<Place> &places, int64_t width, Bytes &bytes) const;
     void prepare(const fn_input &input, int threads);
     void run_picture(const fn_input &input, float *const *outputs, int64_t n, int lane, int thread, int team,
                      Barrier *barrier, double *seconds);
@@ -70,8 +77,9 @@ class Network {
     Arena arena_;
     std::vector<Layer> layers_;
     int32_t num_outputs_ = 0;
+    bool takes_uint8_ = false, in_place_ = false;
 
-    std::mutex mutex_; // of what follows
+    mutable std::mutex mutex_; // of what follows
     Shape shape_{};
     std::vector<std::vector<Place>> lanes_; // memory of a picture: one for each picture at work
     std::vector<std::pair<char *, char *>> scratch_; // of a thread: partial sums, hidden channels

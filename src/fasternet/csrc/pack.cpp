@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -61,7 +62,7 @@ std::unique_ptr<void, void (*)(void *)> allocate(size_t bytes) {
 void *Arena::take(size_t bytes) {
     bytes = (bytes + LINE - 1) / LINE * LINE;
     if (bytes > left_) {
-        const size_t chunk = bytes > hint_ ? bytes : hint_;
+        const size_t chunk = std::max(bytes, chunks_.empty() ? hint_ : hint_ / 8);
         chunks_.push_back(allocate(chunk));
         next_ = static_cast<char *>(chunks_.back().get());
         left_ = chunk, size_ += chunk;
@@ -71,8 +72,8 @@ void *Arena::take(size_t bytes) {
     return taken;
 }
 
-Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth, const Order &inputs,
-             const float *bias, int64_t columns) {
+Product pack(const Kernels &kernels, Arena &arena, const float *weights, int64_t rows, int64_t depth,
+             const Order &inputs, const float *bias, int64_t columns) {
     const Order order = kernels.depth_multiple > 1 ? join(inputs, kernels.depth_multiple) : inputs;
     std::vector<Panel> panels = split(kernels, columns);
     Product product{};

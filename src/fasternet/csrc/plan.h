@@ -10,8 +10,7 @@
 namespace fn {
 
 constexpr int MAX_SEGMENTS = 64;
-constexpr int PAD = 8;       // channels of a map are padded to a multiple, so that whole vectors are read and written
-constexpr int MAX_SLOTS = 4; // vectors of a panel
+constexpr int PAD = 8; // channels of a map are padded to a multiple, so that whole vectors are read and written
 
 // A run of channels of every pixel of a row: element `k` of pixel `p` lies at data[p * stride + k].
 struct Segment {
@@ -36,14 +35,14 @@ struct Product {
 // How a product is applied to a row of pixels.
 struct Job {
     Segment segments[MAX_SEGMENTS];
-    int32_t num_segments, activation;
-    const void *shortcut; // added, or null; may be `out`
-    void *out;
-    int64_t shortcut_stride, out_stride; // in elements
-    int32_t out_float;                   // `out` is float whatever the precision
+    int32_t num_segments = 0, activation = 0;
+    const void *shortcut = nullptr; // added, or null; may be `out`
+    void *out = nullptr;
+    int64_t shortcut_stride = 0, out_stride = 0; // in elements
+    int32_t out_float = 0;                       // `out` is float whatever the precision
 };
 
-// An activation: dense NHWC, `stride` elements a pixel; what lies beyond `channels` is zero.
+// An activation: dense NHWC, `stride` elements a pixel; what lies beyond `channels` is written, and never matters.
 struct Map {
     void *data;
     int64_t height, width, channels, stride;

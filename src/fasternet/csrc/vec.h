@@ -3,8 +3,6 @@
 // Included by isa.cpp alone, inside a namespace of that instruction set: the same inline function compiled with other
 // flags must never be linked in its place.
 
-constexpr int MAX_LANES = 16;
-
 #if defined(FN_ISA_AVX512) || defined(FN_ISA_AVX512_BF16) || defined(FN_ISA_AMX)
 constexpr int LANES = 16, TAIL = 8, REGISTERS = 32;
 #define REGISTERS_HOLD_TABLES 1
@@ -21,8 +19,10 @@ constexpr int LANES = 4, TAIL = 0, REGISTERS = 16;
 
 #if defined(__x86_64__)
 #define FN_IN_REGISTER(x) "+v"(x)
-#else
+#elif defined(__aarch64__)
 #define FN_IN_REGISTER(x) "+w"(x)
+#else
+#define FN_IN_REGISTER(x) "+m"(x)
 #endif
 
 typedef uint16_t bf16;
@@ -128,7 +128,9 @@ struct Fp32 {
     static inline Word read(const Element *p) { return *p; }
     static inline Word read_last(const Element *p) { return *p; }
     template <int L> static inline auto spread(Word x) { return splat<L>(x); }
-    template <int L> static inline Floats<L> multiply_add(Floats<L> x, Weights<L> w, Floats<L> sum) { return sum + x * w; }
+    template <int L> static inline Floats<L> multiply_add(Floats<L> x, Weights<L> w, Floats<L> sum) {
+        return sum + x * w;
+    }
 };
 
 struct Bf16 {
@@ -157,8 +159,8 @@ struct Bf16 {
 };
 
 // GELU = x / 2 (1 + erf(x / sqrt 2)), erf as z p(z^2) with z = x cut to [-R, R], p a polynomial in t = 2 z^2 / R^2 - 1,
-// fitted for the least largest error of GELU itself: over all floats at most 1.5e-6 + 4e-7 |x| with twelve
-// coefficients, 2e-4 + 1e-4 |x| with six, a tenth of what rounding to bf16 costs. GELU(-inf) is NaN, as in PyTorch.
+// fitted for the least largest error of GELU itself: at most 3e-7 (1 + |x|) of degree 12, 1.2e-4 (1 + |x|) of degree 6,
+// a tenth of what rounding to bf16 costs. GELU(-inf) is NaN, as in PyTorch.
 template <int L, bool EXACT> inline Floats<L> gelu_polynomial(Floats<L> x) {
     using V = Floats<L>;
     constexpr float R = EXACT ? 5.0f : 4.0f;
@@ -179,12 +181,12 @@ template <int L, bool EXACT> inline Floats<L> gelu_polynomial(Floats<L> x) {
     return x * (x < splat<L>(-R) ? splat<L>(0.0f) : phi);
 }
 
-#if REGISTERS_HOLD_TABLES
+#if defined(REGISTERS_HOLD_TABLES)
 // GELU = x / 2 + |x| (Phi(|x|) - 1/2), the latter from a table of 16 polynomials: 10.6 cycles for a vector on Zen 4,
-// the polynomial above takes 18.5. The error is at most 2.2e-7 (1 + |x|), in rough 5e-5 (1 + |x|).
+// the polynomial above takes 18.5. The error is at most 1.1e-7 (1 + |x|), in rough 2e-5 (1 + |x|).
 template <bool EXACT> inline Floats<16> gelu_table(Floats<16> x) {
     constexpr int DEGREE = EXACT ? 4 : 2;
-    constexpr float RANGE = EXACT ? EXACT_RANGE : ROUGH_RANGE;
+    constexpr float WIDTH = EXACT ? EXACT_WIDTH : ROUGH_WIDTH;
     const auto &table = []() -> auto & {
         if constexpr (EXACT)
             return PHI.exact;
@@ -192,8 +194,8 @@ template <bool EXACT> inline Floats<16> gelu_table(Floats<16> x) {
             return PHI.rough;
     }();
     const Floats<16> size = (Floats<16>)_mm512_abs_ps((__m512)x);
-    const Floats<16> position = at_most(size, splat<16>(RANGE)) * splat<16>(SCALE / RANGE);
-    const Floats<16> f = (Floats<16>)_mm512_reduce_ps((__m512)position, 0); // less the nearest integer, which is the piece
+    const Floats<16> position = at_most(size * splat<16>(1 / WIDTH), splat<16>(PIECES - 1.0f));
+    const Floats<16> f = (Floats<16>)_mm512_reduce_ps((__m512)position, 0); // less the nearest integer
     const __m512i piece = _mm512_cvtps_epi32((__m512)position);
     auto look_up = [&](int i) { return (Floats<16>)_mm512_permutexvar_ps(piece, _mm512_load_ps(table[i])); };
     Floats<16> p = look_up(DEGREE);
@@ -205,7 +207,7 @@ template <bool EXACT> inline Floats<16> gelu_table(Floats<16> x) {
 #endif
 
 template <int L, bool EXACT> inline Floats<L> gelu(Floats<L> x) {
-#if REGISTERS_HOLD_TABLES
+#if defined(REGISTERS_HOLD_TABLES)
     if constexpr (L == 16) {
         return gelu_table<EXACT>(x);
     } else {
