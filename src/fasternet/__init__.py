@@ -52,7 +52,7 @@ _HOMES = {
     "use_native_blocks": "deploy",
 }
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "CpuEngine",

@@ -279,3 +279,10 @@ def test_faults_are_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_wrong_recipe_is_one_sentence(change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _run("training", "--data", "digits", "--set", change)
+
+
+@pytest.mark.parametrize("command", ["networks", "sweeps"])
+def test_auto_is_not_measured(asked: list[dict[str, Any]], command: str) -> None:
+    with pytest.raises(ValueError, match="engine auto is one of the others, chosen by timing"):
+        _run(command, "--engines", "eager,auto", "--quick")
+    assert asked == []

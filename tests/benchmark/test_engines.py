@@ -13,12 +13,13 @@ import torch
 
 from fasternet import native
 from fasternet.benchmark import engines, networks, prepare, restrict, stages
-from fasternet.benchmark.engines import WAYS, measure_engines
+from fasternet.benchmark.engines import WAYS, judge_target, measure_engines
 from fasternet.benchmark.restrict import explain_leak, list_variables
 from fasternet.benchmark.results import Candidate, measure_candidates, measure_register_peaks
 from fasternet.benchmark.stages import list_parts
 from fasternet.complexity import count_costs
 from fasternet.deploy import to_layers
+from fasternet.environment import create_record
 from fasternet.models.registry import create_model
 from fasternet.records import Record
 from fasternet.timing import Peak
@@ -159,6 +160,8 @@ def test_networks_that_are_known_are_left_out(small: None, records: list[Record]
     assert not engines._is_known(others, "FasterNet-T0", ways, condition, 4)
     assert not engines._is_known(records, "FasterNet-T0", ways, {**condition, "batch_size": 2}, 4)
     assert not engines._is_known(records, "FasterNet-T0", ways, condition, 64)
+    failed = [dataclasses.replace(r, values={"error": "OOM"}, samples={}) for r in records if r.kind == "latency"]
+    assert engines._is_known(failed, "FasterNet-T0", ways, condition, 4)
     mine = [r for r in records if r.condition.get("engine") != "cpu"]
     assert not engines._is_known(mine, "FasterNet-T0", ways, condition, 4)
 
@@ -167,6 +170,79 @@ def test_long_calls_run_in_fewer_rounds() -> None:
     assert engines._count_rounds("FasterNet-T0", 1, 64) == engines._count_rounds("FasterNet-L", 1, 64) == 64
     assert engines._count_rounds("FasterNet-T2", 32, 64) == 32
     assert engines._count_rounds("FasterNet-L", 32, 64) == engines.MIN_BLOCKS
+
+
+def test_each_precision_has_a_control_of_its_own(small: None) -> None:
+    records = list(measure_engines(["FasterNet-T0"], precisions=["fp32", "bf16"]))
+    controls = [r for r in records if r.kind == "ratio" and r.samples]
+    assert [r.condition["precision"] for r in controls] == ["fp32", "bf16"]
+    spreads = {r.condition["precision"]: r.values["a_a_spread"] for r in controls}
+    assert spreads["fp32"] != spreads["bf16"]
+    for ratio in (r for r in records if r.kind == "ratio"):
+        assert ratio.values["a_a_spread"] == spreads[ratio.condition["precision"]]
+    timed = [r for r in records if r.kind == "latency" and r.condition["engine"] == "cpu"]
+    assert [r.condition["precision"] for r in timed] == ["fp32", "bf16"]  # the controls are no rows
+
+
+@pytest.mark.parametrize(
+    ("network", "precision", "isa", "batch_size", "ratio", "expected"),
+    [
+        ("T0", "fp32", "avx512", 1, 1 / 1.16, (1.15, True, "met")),
+        ("T0", "fp32", "avx512", 1, 1 / 1.14, (1.15, False, "not met")),
+        ("L", "fp32", "avx512", 1, 1.01, (1.0, True, "met")),  # the interval reaches 1
+        ("L", "fp32", "avx512", 1, 1.015, (1.0, False, "not met")),
+        ("T2", "fp32", "avx2", 1, 0.9, (1.0, True, "met")),
+        ("S", "fp32", "avx2", 1, 0.9, (None, None, "no target")),
+        ("T0", "bf16", "avx512_bf16", 1, 0.3, (None, None, "no AMX here")),
+        ("T0", "bf16", "amx", 32, 1 / 1.2, (1.3, False, "not met")),
+    ],
+)
+def test_targets_are_judged(
+    network: str, precision: str, isa: str, batch_size: int, ratio: float, expected: Any
+) -> None:
+    values = {"ratio": ratio, "low": ratio - 0.012, "high": ratio + 0.012}
+    condition = {"precision": precision, "batch_size": batch_size}
+    record = create_record("engines", "ratio", f"FasterNet-{network}", condition=condition, values=values)
+    judged = judge_target(record, isa)
+    assert tuple(judged[name] for name in ("target", "target_met", "target_reason")) == expected
+    assert judged["times_as_fast"] == pytest.approx(1 / ratio)
+
+
+def test_precisions_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "explain_engine", lambda engine, precision: "no fp32" if precision == "fp32" else None)
+    assert engines._choose_precisions(None) == ["bf16"]
+    for wanted in (["fp32"], ["fp32", "bf16"]):
+        with pytest.raises(ValueError, match="no fp32"):
+            engines._choose_precisions(wanted)
+    monkeypatch.setattr(engines, "explain_engine", lambda engine, precision: f"no {precision}")
+    with pytest.raises(ValueError, match="no fp32"):
+        engines._choose_precisions(None)
+
+
+@pytest.mark.parametrize("name", engines.HOLDING_BACK)
+def test_environment_that_holds_back_some_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "avx2")
+    with pytest.raises(ValueError, match=f"{name}=avx2 holds some of the engines back: unset it, or give isa"):
+        next(measure_engines())
+
+
+def test_max_autotune_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    seen: list[bool] = []
+
+    def create(*_: Any, **options: Any) -> Any:
+        seen.append(config.max_autotune)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(prepare, "create_network", lambda name: create_small())
+    monkeypatch.setattr(prepare, "create_runtime", create)
+    condition = {"input_size": SIZE, "batch_size": 1, "device": "cpu", "threads": 1}
+    oracle = prepare.create_oracle("FasterNet-T0", condition, 0)
+    for name in ("FasterNet-T0", "FasterNet-T0:max_autotune"):
+        with pytest.raises(ValueError, match="seen"):
+            prepare.deploy_network(name, oracle, {**condition, "engine": "compile", "precision": "fp32"}, {}, {})
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ def test_every_engine_and_precision_is_ready_or_says_why_not() -> None:
                 explain_engine(engine, precision) or "ready"
             )
     assert document["ready"]["engine eager fp32 cpu"] == "ready"
+    assert document["ready"]["pconv2d native"] == (native.explain_native() or "ready")
     assert ("onnxruntime" in document["versions"]) == (explain_engine("onnxruntime") is None)
     assert "engine openvino fp32 cpu" in CliRunner().invoke(app, ["env"]).stdout
 

@@ -117,6 +117,17 @@ def test_engine_and_precision_are_taken(small: Path, data: Path) -> None:
     assert str(error).startswith("precision=bf16 needs an engine")
 
 
+def test_auto_names_the_engine_that_ran_and_why(
+    small: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fasternet.deploy.auto.CANDIDATES", ("eager",))
+    result = run("--data", data, "--checkpoint", small, "--engine", "auto", "--json")
+    assert json.loads(result.stdout)["engine"] == "eager"
+    assert "engine auto: eager takes" in result.stderr
+    assert "; prepared in " in result.stderr
+
+
 def test_imagenet_weights_take_imagenets_layouts(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", 1000, None, input_size=32)
     synsets = ImageNetInfo().label_names()

@@ -104,6 +104,7 @@ def test_miss_is_told_in_factor_and_ms():
         (["--budget-ms", "6", "--min-top1", "80"], "is met by none of the 4 on record: the highest is 76.2"),
         (["--budget-ms", "0"], "budget_ms must be more than 0, not 0"),
         (["--budget-ms", "6", "--engine", "magic"], "engine 'magic' is not one of"),
+        (["--budget-ms", "6", "--engine", "auto"], "engine auto is one of the others, chosen by timing"),
         (["--budget-ms", "6", "--records", "results", "--threads", "2"], "hold no latency of this machine"),
         (["--budget-ms", "6", "--records", "results", "--measure"], "give measure or records, not both"),
     ],

@@ -47,6 +47,14 @@ def test_wrong_use_is_one_clear_sentence(arguments, tmp_path, monkeypatch) -> No
     assert isinstance(result.exception, ConnectionError)
 
 
+def test_auto_says_what_it_chose_and_why(arguments, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fasternet.deploy.auto.CANDIDATES", ("eager",))
+    result = run(*arguments, "--engine", "auto", "--device", "cpu", "--json")
+    assert result.stderr.startswith("engine auto: eager takes ")
+    assert "; prepared in " in result.stderr
+
+
 def test_engine_and_precision_are_taken_and_int8_says_what_it_is_not(arguments) -> None:
     if reason := explain_engine("onnxruntime", "int8"):
         pytest.skip(reason)

@@ -124,7 +124,7 @@ def test_optimized_network_refuses_training_and_records_no_gradient(engine):
         (None, {"batch_size": 0}, "batch_size"),
         (None, {"precision": "bf16"}, "precision and threads are options of engine cpu"),
         (None, {"threads": 2}, "precision and threads are options of engine cpu"),
-        (None, {"engine": "cpu", "threads": 0}, "threads=0 must be at least 1|library"),
+        (None, {"engine": "cpu", "threads": 0}, "threads must be an integer from 1 to 1024, not 0|library"),
         (None, {"engine": "cpu", "precision": "int8"}, "precision must be one of fp32, bf16"),
     ],
 )
@@ -160,6 +160,21 @@ def test_auto_takes_the_faster_and_says_why(monkeypatch, tmp_path):
     with torch.no_grad():
         assert relative_difference(optimized(x), model(x)) <= 1e-5
     assert "choice" in optimized.reasons
+
+
+def test_auto_has_no_choice_in_bf16():
+    require("cpu", "bf16")
+    optimized = optimize_for_inference(create_model("fasternet_t0", width=8), engine="auto", precision="bf16")
+    assert optimized.reasons["choice"] == "no choice: in bf16 the engine cpu alone gives a module"
+
+
+def test_auto_tries_on_the_weights_device(monkeypatch):
+    def choose(model, example, **options):
+        raise ValueError(f"tried on {example.device}")
+
+    monkeypatch.setattr("fasternet.deploy.auto.choose_engine", choose)
+    with pytest.raises(ValueError, match="tried on meta"):
+        optimize_for_inference(create_model("fasternet_t0", width=8).to("meta"), engine="auto")
 
 
 def test_optimized_network_exports_to_the_same_function():

@@ -190,7 +190,8 @@ def test_runtime_refuses_other_pictures(x, match):
         ({"precision": "int8"}, "engine eager has no int8"),
         ({"engine": "onnxruntime", "precision": "bf16"}, "no bf16|pip install"),
         ({"memory_format": "nhwc"}, "memory_format 'nhwc' is not one of"),
-        ({"threads": 0}, "threads=0 must be at least 1"),
+        ({"engine": "auto", "memory_format": "channels_last"}, "memory_format=channels_last is for eager and compile"),
+        ({"threads": 0}, "threads must be an integer from 1 to 1024, not 0"),
         ({"threads": torch.get_num_threads() + 1}, "set them with fasternet.environment.set_threads"),
         ({"example": torch.zeros(3, 64, 64)}, "example must be float32"),
         (

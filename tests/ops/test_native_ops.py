@@ -196,6 +196,16 @@ def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
 
 
 @needs_engine
+def test_weights_of_a_reused_address_are_packed_anew():
+    module, x = PConv2d(64, impl="native").requires_grad_(False), torch.randn(1, 64, 6, 6)
+    for _ in range(5):
+        module(x)
+        module.bfloat16().float()  # frees the weight's memory; what comes back may lie at the same address
+        assert relative_difference(module(x), pconv2d(x, module.weight)) <= 1e-5
+        nn.init.normal_(module.weight)
+
+
+@needs_engine
 def test_copies_and_loaded_states_compute_with_their_own_weights():
     x, weights = draw(1, 16, 6, 6, 4, 3, 0)
     block = Block(weights)
@@ -249,6 +259,8 @@ def test_operators_refuse_with_the_argument_named():
         (lambda: pconv2d(x, w.partial, impl="native", start=7), "7 to 9"),
         (lambda: pconv2d(x.to("meta"), w.partial, impl="native"), "meta"),
         (lambda: torch.ops.fasternet.pconv(x[0], w.partial, 0), "x must have the shape"),
+        (lambda: call_block(x.to("meta"), w), "the CPU alone, got x on meta, partial on cpu"),
+        (lambda: call_block(x, w._replace(project=w.project.to("meta"))), "got x on cpu, project on meta"),
     ]
     for call, match in refused:
         with pytest.raises(ValueError, match=match):
@@ -258,25 +270,27 @@ def test_operators_refuse_with_the_argument_named():
 @needs_engine
 def test_operators_refuse_weights_that_do_not_fit():
     x, w = draw(1, 8, 4, 4, 2, 3, 0)
-    for changes in (
-        {"start": 7},
-        {"start": -1},
-        {"partial": torch.randn(2, 2, 2, 2)},
-        {"partial": torch.randn(3, 2, 3, 3)},
-        {"expand_bias": torch.randn(15)},
-        {"project": torch.randn(8, 15, 1, 1)},
-        {"expand": torch.randn(16, 8, 3, 3)},
-        {"project_bias": torch.randn(9)},
+    for changes, match in (
+        ({"start": 7}, "start must be from 0 to 6, not 7|channels that it does not have"),
+        ({"start": -1}, "start must be an integer from 0 to 8, not -1"),
+        ({"partial": torch.randn(2, 2, 2, 2)}, "kernel_size"),
+        ({"partial": torch.randn(3, 2, 3, 3)}, r"partial must be a float32 array .*, not float32 \(3, 2, 3, 3\)"),
+        ({"expand_bias": torch.randn(15)}, r"expand_bias must be a float32 array \(16\), not float32 \(15,\)"),
+        ({"project": torch.randn(8, 15, 1, 1)}, r"project must be a float32 array \(8, 16\)"),
+        ({"expand": torch.randn(16, 8, 3, 3)}, "expand must be a matrix or the weight of a 1 x 1 convolution"),
+        ({"project_bias": torch.randn(9)}, r"project_bias must be a float32 array \(8\)"),
     ):
-        with pytest.raises(ValueError, match=r"\w+"):
+        with pytest.raises(ValueError, match=match):
             call_block(x, w._replace(**changes))
     with pytest.raises(ValueError, match="activation"):
         call_block(x, w, "tanh")
-    with pytest.raises(ValueError, match="float16"):
+    with pytest.raises(ValueError, match=r"takes weights of torch\.float32, but project is torch\.float16"):
         call_block(x, w._replace(project=w.project.half()))
     with pytest.raises(ValueError, match="8 channels"):
         call_block(x[:, :7], w)
-    with pytest.raises(ValueError, match=r"\w+"):
+    with pytest.raises(ValueError, match="8 channels"):
+        call_block(x[:0, :7], w)
+    with pytest.raises(ValueError, match=r"start must be from 0 to 6, not 7|channels that it does not have"):
         torch.ops.fasternet.pconv(x, w.partial, 7)
 
 

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from fasternet.benchmark.deploy import FORMS, INEXACT, create_form
 from fasternet.benchmark.memory import measure_peak_memory
-from fasternet.benchmark.results import BYTES, MEMORY_FORMATS, Candidate, WrongOutputError, describe_failure, find_fault
+from fasternet.benchmark.results import (
+    BYTES,
+    MEMORY_FORMATS,
+    Candidate,
+    WrongOutputError,
+    create_failure_record,
+    describe_failure,
+    find_fault,
+)
 from fasternet.complexity import Costs, count_costs
 from fasternet.deploy import create_runtime
 from fasternet.environment import create_record
@@ -87,7 +95,7 @@ def prepare_network(
     Yields:
         The record of its costs; then for each setup a candidate, or the record of what failed.
     """
-    fail = functools.partial(_fail, suite, name, condition)
+    fail = functools.partial(create_failure_record, suite, name, condition)
     try:
         oracle = create_oracle(name, condition, settings["seed"])
     except Exception as error:
@@ -104,11 +112,6 @@ def prepare_network(
             yield deploy_network(name, oracle, own, costs, settings)
         except Exception as error:
             yield fail((engine, precision), describe_failure(error))
-
-
-def _fail(suite: str, name: str, condition: Mapping[str, Any], setup: Setup, fault: str) -> Record:
-    condition = {**condition, **dict(zip(("engine", "precision"), setup, strict=True))}
-    return create_record(suite, "latency", name, condition=condition, values={"error": fault})
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fasternet import native
+from fasternet.deploy.verify import measure_correlation
 from fasternet.environment import create_record, describe_machine
 from fasternet.records import Record, append_records, save_machine
 from fasternet.timing import Measurement, Peak, Track, measure
@@ -86,8 +87,7 @@ def find_fault(output: Tensor, expected: Tensor, precision: str = "fp32") -> str
     if output.shape != expected.shape:
         return f"wrong: shape {tuple(output.shape)} instead of {tuple(expected.shape)}"
     if least := MIN_CORRELATION.get(precision):
-        correlation = float(torch.corrcoef(torch.stack([output.flatten().float(), expected.flatten()]))[0, 1])
-        if not correlation >= least:
+        if not (correlation := measure_correlation(output, expected)) >= least:
             return f"wrong: correlation {correlation:.3f} with the oracle, less than {least:g}"
     elif not (difference := float((output - expected).abs().max()) / scale) <= MAX_DIFFERENCE:
         return f"wrong: relative difference {difference:.1e} to the oracle, more than {MAX_DIFFERENCE:g}"
@@ -163,7 +163,7 @@ def measure_candidates(
     """
     measured = measure({c.name: c.call for c in candidates}, baseline=baseline, **settings)
     for candidate in candidates:
-        yield _create_latency_record(suite, candidate, measured, peaks, moment)
+        yield create_latency_record(suite, candidate, measured, peaks, moment)
     yield from create_ratio_records(
         suite,
         measured,
@@ -232,9 +232,18 @@ def describe_latency(measured: Measurement, name: str) -> dict[str, Any]:
     }
 
 
-def _create_latency_record(
+def create_failure_record(
+    suite: str, subject: str, condition: Mapping[str, Any], setup: tuple[str, str], fault: str
+) -> Record:
+    """Record why something has no latency in an engine and a precision."""
+    condition = {**condition, **dict(zip(("engine", "precision"), setup, strict=True))}
+    return create_record(suite, "latency", subject, condition=condition, values={"error": fault})
+
+
+def create_latency_record(
     suite: str, candidate: Candidate, measured: Measurement, peaks: Sequence[Peak], moment: Mapping[str, Any]
 ) -> Record:
+    """Record how long a candidate took, beside what the machine attains."""
     latency = describe_latency(measured, candidate.name)
     calls_per_second = 1e3 / latency["latency_ms"]
     images_per_second = candidate.condition["batch_size"] * calls_per_second

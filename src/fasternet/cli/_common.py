@@ -6,7 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from fasternet.deploy import Runtime
 
 T = TypeVar("T")
 
@@ -18,6 +21,22 @@ def shorten_spinning() -> None:
     wants a core too, and no difference where none does.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def note_choice(runtime: Runtime) -> None:
+    """Say what the engine ``auto`` chose, why, and how long that takes to prepare."""
+    if choice := runtime.reasons.get("choice"):
+        note(f"engine auto: {choice}; prepared in {runtime.load_s:.1f} s")
+
+
+def refuse_auto(engines: Sequence[str] | None) -> None:
+    """Refuse the engine ``auto`` where engines are measured one by one.
+
+    Raises:
+        ValueError: It is among them.
+    """
+    if "auto" in (engines or ()):
+        raise ValueError("engine auto is one of the others, chosen by timing: name those that are to be measured")
 
 
 def is_main_process() -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, shorten_spinning, track
+from fasternet.cli._common import note, print_json, print_table, refuse_auto, shorten_spinning, track
 from fasternet.cli._measured import (
     finish,
     list_fast_engines,
@@ -100,6 +100,7 @@ def bench_networks(
     Example: fasternet bench networks --networks "FasterNet-T0,MobileNetV2,MobileViT-XXS" --engines eager,openvino
     """
     shorten_spinning()
+    refuse_auto(split(engines))
     from fasternet.benchmark.networks import measure_networks
 
     path, known = _find_known("networks", out, resume)
@@ -143,7 +144,6 @@ def bench_engines(
 
     Example: fasternet bench engines --networks "FasterNet-T0,FasterNet-T1" --isa avx2
     """
-    shorten_spinning()
     from fasternet.benchmark.restrict import is_restricted, list_variables
 
     if isa and not is_restricted(variables := list_variables(isa)):
@@ -195,6 +195,7 @@ def bench_sweeps(
     Example: fasternet bench sweeps --sweeps input_size --networks "FasterNet-T0,MobileNetV2" --quick
     """
     shorten_spinning()
+    refuse_auto(split(engines))
     from fasternet.benchmark.sweeps import NETWORKS, measure_sweeps
 
     records = measure_sweeps(

@@ -25,6 +25,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
 
     machine = dataclasses.asdict(describe_machine())
     ready = {f"pconv2d {impl}": "ready" for impl in list_impls()}
+    ready["pconv2d native"] = native.explain_native() or "ready"
     device = "cuda" if machine["accelerator"] else "cpu"
     for engine, precision in itertools.product(ENGINES, PRECISIONS):
         for place in dict.fromkeys(("cpu", device)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, track
+from fasternet.cli._common import note, note_choice, print_json, print_table, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def evaluate(
     )
     target = select_device(device)
     with join_world(target) as world:
-        result, unreadable = _evaluate(
+        result, unreadable, ran = _evaluate(
             weights,
             pictures,
             preprocessing,
@@ -99,7 +99,7 @@ def evaluate(
         "model": weights.name,
         "data": data,
         "labels": labels,
-        "engine": engine,
+        "engine": ran,
         "precision": precision,
         "input_size": preprocessing.input_size,
         "crop_ratio": preprocessing.crop_ratio,
@@ -139,8 +139,8 @@ def _evaluate(
     world: World,
     options: dict[str, Any],
     skip_unreadable: bool,
-) -> tuple[Evaluation, list[str]]:
-    """Evaluate this process's share; return the result and the errors of all processes."""
+) -> tuple[Evaluation, list[str], str | None]:
+    """Evaluate this process's share; return the result and the errors of all processes, and the engine that ran."""
     from fasternet.data.loaders import create_loader
     from fasternet.data.transforms import create_transform
     from fasternet.predict import create_inference_model
@@ -151,16 +151,20 @@ def _evaluate(
     dataset, batch_size = pictures.dataset, options["batch_size"]
     dataset.transform = create_transform(preprocessing, training=False)
     network: Callable[[Tensor], Tensor]
+    ran: str | None = None
     if options["engine"] is None:
         network = weights.model.to(options["device"]).eval()
     else:
-        network = create_inference_model(
+        network = runtime = create_inference_model(
             dataclasses.replace(weights, preprocessing=preprocessing),
             batch_size=batch_size,
             engine=options["engine"],
             precision=options["precision"],
             device=options["device"],
         )
+        ran = runtime.engine
+        if world.is_main:
+            note_choice(runtime)
     loader = create_loader(
         dataset,
         batch_size,
@@ -176,7 +180,7 @@ def _evaluate(
         class_names=pictures.class_names,
         world=world,
     )
-    return result, sorted(error for share in gather(world, errors) for error in share)
+    return result, sorted(error for share in gather(world, errors) for error in share), ran
 
 
 def _print_tables(document: dict[str, Any]) -> None:

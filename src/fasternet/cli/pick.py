@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, shorten_spinning, track
+from fasternet.cli._common import note, print_json, print_table, refuse_auto, shorten_spinning, track
 
 if TYPE_CHECKING:
     from fasternet.benchmark.pick import Choice
@@ -47,6 +47,7 @@ def pick(
     Example: fasternet pick --budget-ms 20 --min-top1 75
     """
     shorten_spinning()
+    refuse_auto([engine] if engine else None)
     from fasternet.benchmark.pick import filter_accurate, find_nearest, load_choices, rank
     from fasternet.benchmark.results import check_arguments
 

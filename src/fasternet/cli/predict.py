@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fasternet.cli._common import note, print_json, print_table, track
+from fasternet.cli._common import note, note_choice, print_json, print_table, track
 
 if TYPE_CHECKING:
     from fasternet.models.checkpoint import Checkpoint
@@ -73,6 +73,8 @@ def predict(
         predictor = Predictor.from_checkpoint(
             weights, engine=engine, precision=precision, batch_size=size, device=target
         )
+        if predictor.runtime is not None and world.is_main:
+            note_choice(predictor.runtime)
         if precision == "int8" and world.is_main:
             note(f"precision int8: {SPEED_ONLY}")
         if output is None:

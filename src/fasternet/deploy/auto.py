@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fasternet import native
 from fasternet.deploy.engines import ENGINES, explain_engine
 from fasternet.deploy.runtime import Runtime, create_runtime
+from fasternet.deploy.verify import measure_correlation
 from fasternet.environment import describe_machine, describe_software
 from fasternet.timing import Summary, measure, summarize
 
@@ -32,11 +33,17 @@ CANDIDATES = tuple(name for name in ENGINES if name not in ("auto", "compile")) 
 MAX_DIFFERENCE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 2e-2}  # of the largest output
 # With fewer bits no bound on the difference holds for every network: its outputs may point the same way instead.
 MIN_CORRELATION = {"bf16": 0.9, "int8": 0.3}
+MIN_NUMBERS = 16  # of which a correlation says something
 CLOSE = 1.15  # times the fastest of the short round: these run on in the long one
 
 # Seconds that each candidate has in each round. They sum up to two where calls are longest: one of a third of a second
 # is made three times in each, to warm up, as a candidate and as its own control.
 _SHORT_S, _LONG_S = 0.8, 1.0
+# What changes how fast an engine is: of ours, oneDNN, OpenVINO and PyTorch.
+_VARIABLES = (
+    *(native.ISA_VARIABLE, native.LIBRARY_VARIABLE),
+    *("ONEDNN_MAX_CPU_ISA", "OV_CPU_MAX_ISA", "ATEN_CPU_CAPABILITY"),
+)
 _MIN_BLOCK_S, _WARMUP_S = 0.01, 0.05
 
 
@@ -123,6 +130,8 @@ def choose_engine(
     Raises:
         ValueError: An argument does not fit, or no candidate runs this network rightly.
     """
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates={candidates!r} must be a list of engines, such as [{candidates!r}]")
     names = tuple(CANDIDATES if candidates is None else dict.fromkeys(candidates))
     known = [name for name in ENGINES if name != "auto"]
     if not names or not set(names) <= set(known):
@@ -187,8 +196,8 @@ def _compare(output: Tensor, expected: Tensor, precision: str) -> tuple[float | 
     difference = float((output - expected).abs().max()) / scale
     if difference <= (limit := MAX_DIFFERENCE[precision]):
         return difference, None
-    if least := MIN_CORRELATION.get(precision):
-        correlation = float(torch.corrcoef(torch.stack([output.flatten(), expected.flatten()]))[0, 1])
+    if (least := MIN_CORRELATION.get(precision)) and expected.numel() >= MIN_NUMBERS:
+        correlation = measure_correlation(output, expected)
         wrong = f"wrong: it correlates by {correlation:.2f} with eager fp32, less than {least:g}"
         return difference, None if correlation >= least else wrong
     return difference, f"wrong: it differs by {difference:.1e} of the largest output from eager, more than {limit:g}"
@@ -278,7 +287,8 @@ def _make_key(
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # of functions, another one in every process
     return {
         "machine": describe_machine().id,
-        "native": [os.environ.get(name) for name in (native.ISA_VARIABLE, native.LIBRARY_VARIABLE)],
+        "instruction_sets": list(describe_machine().instruction_sets),
+        "environment": [os.environ.get(name) for name in _VARIABLES],
         "versions": {name: software.get(name) for name in ("fasternet", "torch", "onnxruntime", "openvino")},
         "model": hashlib.sha256(text.encode()).hexdigest(),
         "shape": list(example.shape),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,12 +14,11 @@ from fasternet import native
 from fasternet.deploy.cpu_layers import to_block
 from fasternet.deploy.fold import fold_batch_norm
 from fasternet.deploy.optimize import InferenceBlock
+from fasternet.deploy.published import check_calls, read_timm_block, read_timm_pconv
 from fasternet.models.fasternet import FasterNetBlock
 from fasternet.ops import PConv2d
 
 NATIVE = "in the C++ engine"
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
 
 
 class NativeBlock(nn.Module):
@@ -106,13 +104,13 @@ def _to_native(module: nn.Module) -> nn.Module | None:
     if isinstance(module, InferenceBlock):
         raise ValueError("it is optimised for eager already, give the network that it was made from")
     converters: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-        FasterNetBlock: _to_native_block,
+        FasterNetBlock: lambda block: NativeBlock(to_block(block)),
         NativeBlock: lambda block: block,
         PConv2d: _to_native_pconv,
     }
     if timm := sys.modules.get("timm.models.fasternet"):  # else timm made none of the network's modules
-        converters[timm.MLPBlock] = lambda block: _to_native_block(_from_timm_block(block))
-        converters[timm.Partial_conv3] = lambda pconv: _to_native_pconv(_from_timm_pconv(pconv))
+        converters[timm.MLPBlock] = lambda block: NativeBlock(to_block(read_timm_block(block)))
+        converters[timm.Partial_conv3] = lambda pconv: _to_native_pconv(read_timm_pconv(pconv))
     if not isinstance(module, tuple(converters)):
         return None
     if type(module) not in converters:
@@ -126,18 +124,7 @@ def _check(module: nn.Module) -> None:
     for tensor in module.parameters():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"its weights are {tensor.dtype} on {tensor.device}, the engine takes float32 on the CPU")
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-        raise ValueError("it has hooks, which the engine would not call")
-
-
-def _to_native_block(block: Any) -> NativeBlock:
-    if type(block.pconv) is not PConv2d:
-        raise ValueError(f"{type(block.pconv).__name__} has taken the place of its PConv")
-    if type(block.norm) not in _NORMS:
-        raise ValueError(f"its norm {type(block.norm).__name__} cannot be folded")
-    for conv in (block.pwconv1, block.pwconv2):
-        _check_conv(conv, kernel_size=1)
-    return NativeBlock(to_block(block))
+    check_calls(module)
 
 
 def _to_native_pconv(pconv: PConv2d) -> PConv2d:
@@ -145,30 +132,3 @@ def _to_native_pconv(pconv: PConv2d) -> PConv2d:
         raise ValueError(f"its dilation is {pconv.dilation}, the engine has none")
     pconv.impl = "native"
     return pconv
-
-
-def _from_timm_block(block: Any) -> Any:
-    """Return the parts of timm's block by our names."""
-    expand, norm, act, project = block.mlp
-    pconv, scale = _from_timm_pconv(block.spatial_mixing), block.layer_scale
-    return SimpleNamespace(pconv=pconv, pwconv1=expand, norm=norm, act=act, pwconv2=project, layer_scale=scale)
-
-
-def _from_timm_pconv(module: Any) -> PConv2d:
-    if type(module).__name__ != "Partial_conv3":
-        raise ValueError(f"{type(module).__name__} has taken the place of its PConv")
-    conv, partial = module.partial_conv3, module.dim_conv3
-    _check_conv(conv, kernel_size=3)
-    if conv.bias is not None:
-        raise ValueError("its partial convolution has a bias")
-    pconv = PConv2d(partial + module.dim_untouched, partial_channels=partial, device="meta").eval()
-    pconv.weight = conv.weight
-    return pconv
-
-
-def _check_conv(conv: nn.Module, kernel_size: int) -> None:
-    """Refuse a convolution that somebody has put in the place of the published one."""
-    k, names = kernel_size, ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
-    wanted = ((k, k), (k // 2, k // 2), (1, 1), (1, 1), 1, "zeros")
-    if type(conv) is not nn.Conv2d or tuple(getattr(conv, name) for name in names) != wanted:
-        raise ValueError(f"{conv} is not the published {k} x {k} convolution")

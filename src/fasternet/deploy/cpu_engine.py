@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "fasternet-cpu-engine", "1"
 MIN_INPUT_SIZE = 32  # as in models.fasternet, which needs torch
+MAX_THREADS = 1024  # of native.Network.run
 _KINDS = {kind.__name__.lower(): kind for kind in (Patch, Block, Feature, Head)}
 _NHWC_TO_NCHW = (0, 3, 1, 2)
 
@@ -39,13 +40,11 @@ class CpuEngine:
         precision: ``"fp32"`` or ``"bf16"``, in which it computes; what goes in and out is float32 always.
         isa: Instruction set, one of ``native.ISAS``; None takes the fastest of this processor.
         threads: Of a call that does not name them; the result does not depend on them.
-        class_names: Of the logits, where they are known.
 
     Attributes:
         precision: The argument.
         isa: The instruction set.
         threads: The argument; may be set.
-        class_names: The argument.
         reasons: For each choice, why it computes so.
 
     Raises:
@@ -60,12 +59,13 @@ class CpuEngine:
         precision: str = "fp32",
         isa: str | None = None,
         threads: int = 1,
-        class_names: Sequence[str] | None = None,
     ) -> None:
-        self._layers = tuple(layers)
+        self.threads = threads
+        self._layers, self._wanted_isa = tuple(layers), isa
+        if not self._layers or not isinstance(self._layers[0], Patch):
+            raise ValueError("layers must begin with a Patch: the engine takes pictures")
         self._network = native.Network(self._layers, precision=precision, isa=isa)
-        self.precision, self.isa, self.threads = precision, self._network.isa, threads
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.precision, self.isa = precision, self._network.isa
         self.reasons: Mapping[str, str] = {
             "engine": "the whole network in one call of C++: no copies around PConv, no dispatch per operator",
             "norm": "BN folded in double precision into the convolution before it",
@@ -82,7 +82,6 @@ class CpuEngine:
         threads: int = 1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        class_names: Sequence[str] | None = None,
     ) -> CpuEngine:
         """Make an engine of a network.
 
@@ -94,7 +93,6 @@ class CpuEngine:
             mean: Of each channel of the pictures, from 0 to 1; with ``std`` it lets the engine take uint8 pictures,
                 which are divided by 255 and normalised on the way in.
             std: Of each channel.
-            class_names: See ``CpuEngine``.
 
         Raises:
             ValueError: ``model`` is no FasterNet or has LayerNorm, an argument does not fit, or it cannot run here.
@@ -103,11 +101,20 @@ class CpuEngine:
         from fasternet.deploy.cpu_layers import to_layers
 
         layers = to_layers(model, mean=mean, std=std)
-        return cls(layers, precision=precision, isa=isa, threads=threads, class_names=class_names)
+        return cls(layers, precision=precision, isa=isa, threads=threads)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a call that does not name them."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        self._threads = check_threads(threads)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of packed weights and buffers, now."""
+        """Memory of packed weights and buffers, now; the folded float32 layers, kept for ``save``, are beside it."""
         return self._network.num_bytes
 
     def __call__(
@@ -117,7 +124,8 @@ class CpuEngine:
 
         Args:
             x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; H and W of at least 32, at least one picture;
-                float32, or uint8 where the engine has mean and std. Either memory order is taken without a copy.
+                float32, or uint8 where the engine has mean and std. What is contiguous in either order of memory
+                is taken without a copy, anything else is copied first.
             layout: Order of the dimensions of ``x``.
             threads: Of this call; None takes the engine's.
 
@@ -135,36 +143,21 @@ class CpuEngine:
         return [output.transpose(_NHWC_TO_NCHW) for output in outputs]
 
     def _arrange(self, x: np.ndarray, layout: str) -> tuple[np.ndarray, str]:
-        """Check pictures; return them in the order that lies in memory, and its name."""
-        first = self._layers[0]
-        assert isinstance(first, Patch)
-        if layout not in ("NCHW", "NHWC"):
-            raise ValueError(f"layout {layout!r} is not one of NCHW, NHWC")
-        channels = first.weight.shape[1]
-        axis, pixels = (1, slice(2, 4)) if layout == "NCHW" else (3, slice(1, 3))
-        if x.ndim != 4 or x.shape[axis] != channels or min(x.shape[pixels]) < MIN_INPUT_SIZE:
-            shape = f"(N, {channels}, H, W)" if layout == "NCHW" else f"(N, H, W, {channels})"
+        """Return pictures in the order that lies in memory, and its name; what does not fit at all, native refuses."""
+        if not isinstance(x, np.ndarray) or x.ndim != 4 or layout not in ("NCHW", "NHWC"):
+            return x, layout
+        if len(x) and min(x.shape[2:] if layout == "NCHW" else x.shape[1:3]) < MIN_INPUT_SIZE:
             raise ValueError(
-                f"the input must have the shape {shape} with H and W of at least {MIN_INPUT_SIZE}, got {x.shape}"
+                f"x must have H and W of at least {MIN_INPUT_SIZE}, not the shape {x.shape} in the layout {layout}"
             )
-        if not len(x):
-            raise ValueError("the input must hold at least one picture, got 0")
-        if x.dtype == np.uint8 and first.mean is None:
-            raise ValueError(
-                "the input is uint8, but the engine has no mean and std: make it with them, or give float32"
-            )
-        if x.dtype not in (np.float32, np.uint8):
-            raise ValueError(f"the input must be float32, or uint8 where the engine has mean and std, got {x.dtype}")
         if layout == "NCHW" and not x.flags.c_contiguous and (y := x.transpose(0, 2, 3, 1)).flags.c_contiguous:
             return y, "NHWC"
         return x, layout
 
     def __reduce__(self) -> Any:
         """Copy and pickle the layers; the copy packs them anew, for the processor that it is on."""
-        make = functools.partial(
-            CpuEngine, precision=self.precision, threads=self.threads, class_names=self.class_names
-        )
-        return make, (self._layers,)
+        options: dict[str, Any] = {"precision": self.precision, "isa": self._wanted_isa, "threads": self.threads}
+        return functools.partial(type(self), **options), (self._layers,)
 
     def save(self, path: str | Path) -> None:
         """Write the engine into one file, at once or not at all: a safetensors file of the folded float32 weights.
@@ -184,7 +177,6 @@ class CpuEngine:
         description = json.dumps(
             {
                 "precision": self.precision,
-                "class_names": self.class_names,
                 "layers": [_describe_layer(layer) for layer in self._layers],
             }
         )
@@ -213,14 +205,19 @@ class CpuEngine:
             ValueError: The file is truncated, altered or something else, or the engine cannot run here.
             MemoryError: There is no memory for the weights.
         """
-        description, layers = _read(Path(path))
-        return cls(
-            layers,
-            precision=precision or description["precision"],
-            isa=isa,
-            threads=threads,
-            class_names=description["class_names"],
-        )
+        layers, saved = _read(Path(path))
+        return cls(layers, precision=precision or saved, isa=isa, threads=threads)
+
+
+def check_threads(threads: object) -> int:
+    """Return a number of threads that a call can have.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r}")
+    return int(threads)
 
 
 def _name_tensors(layers: Sequence[Layer]) -> Iterator[tuple[str, np.ndarray]]:
@@ -233,7 +230,8 @@ def _name_tensors(layers: Sequence[Layer]) -> Iterator[tuple[str, np.ndarray]]:
 def _describe_layer(layer: Layer) -> dict[str, Any]:
     """Return what a layer is beside its arrays."""
     values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    plain = {name: value for name, value in values.items() if isinstance(value, int | str)}
+    plain = {name: int(v) if isinstance(v, np.integer) else v for name, v in values.items()}
+    plain = {name: value for name, value in plain.items() if isinstance(value, int | str)}
     return {"kind": type(layer).__name__.lower(), **plain}
 
 
@@ -245,8 +243,8 @@ def _hash(description: str, tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Layer]]:
-    """Return what an engine file says of the engine, and its layers."""
+def _read(path: Path) -> tuple[list[Layer], str]:
+    """Return the layers of an engine file, and the precision that they were saved for."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an engine file")
     if not path.is_file():
@@ -264,10 +262,13 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Layer]]:
     text = metadata.get("engine", "")
     if _hash(text, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path} was altered after it was written: its contents do not have its sha256")
-    description = json.loads(text)
-    layers: list[Layer] = []
-    for number, fields in enumerate(description["layers"]):
-        prefix = f"{number:03}."
-        arrays = {name[len(prefix) :]: array for name, array in tensors.items() if name.startswith(prefix)}
-        layers.append(_KINDS[fields.pop("kind")](**fields, **arrays))
-    return description, layers
+    try:
+        description = json.loads(text)
+        layers: list[Layer] = []
+        for number, fields in enumerate(description["layers"]):
+            prefix = f"{number:03}."
+            arrays = {name[len(prefix) :]: array for name, array in tensors.items() if name.startswith(prefix)}
+            layers.append(_KINDS[fields.pop("kind")](**fields, **arrays))
+        return layers, str(description["precision"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} describes no layers that this version knows ({error})") from None

@@ -8,10 +8,10 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasternet import native
 from fasternet.deploy.optimize import InferenceFasterNet, from_timm
+from fasternet.deploy.published import NORMS, check_block, check_calls, check_conv, check_type
 from fasternet.models.fasternet import ConvNorm, FasterNet, FasterNetBlock, Head, Stage
 from fasternet.native import Array, Block, Feature, Layer, Patch
 
@@ -33,24 +33,32 @@ def to_layers(
         Stages behind the last wanted map are left out.
 
     Raises:
-        ValueError: ``model`` is no FasterNet, has been optimised already, or has a norm that cannot be folded.
+        ValueError: ``model`` is no FasterNet, has been optimised already, has a part that is not the published one
+            (another classifier than a linear layer too), hooks, or a norm that cannot be folded.
     """
     if isinstance(model, InferenceFasterNet):
         raise ValueError("model is optimised for eager already: give the one that it was made from")
     if not isinstance(model, FasterNet):
         model = from_timm(model)
+    if type(model) is not FasterNet:
+        raise ValueError(f"model is a {type(model).__name__}, a class of its own, which may compute something else")
+    check_calls(model)
     if model.config.norm != "bn":
         raise ValueError(
             f"engine cpu has no norm {model.config.norm!r}, which depends on the input and is never folded: "
             "take another engine"
         )
-    layers: list[Layer] = [_to_patch(model.embedding, *_check_normalisation(mean, std, model.config.in_chans))]
+    layers: list[Layer] = [_to_patch(model.embedding, 4, *_check_normalisation(mean, std, model.config.in_chans))]
     wanted = None if model.head is not None else model.out_indices
     for i, stage in enumerate(model.stages):
         stage = cast(Stage, stage)
-        if isinstance(stage.merging, ConvNorm):
-            layers.append(_to_patch(stage.merging))
-        layers += [to_block(cast(FasterNetBlock, block)) for block in stage.blocks]
+        check_type("stage", stage, Stage)
+        if i > 0 or type(stage.merging) is not nn.Identity:
+            layers.append(_to_patch(cast(ConvNorm, stage.merging), 2))
+        check_type("sequence of blocks", stage.blocks, nn.Sequential)
+        for block in stage.blocks:
+            check_type("block", block, FasterNetBlock)
+            layers.append(to_block(cast(FasterNetBlock, block)))
         if wanted is not None and i in wanted:
             layers.append(_to_feature(model, i))
             if i == wanted[-1]:
@@ -63,12 +71,17 @@ def _check_normalisation(
 ) -> tuple[Array | None, Array | None]:
     if mean is None and std is None:
         return None, None
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != channels or not np.isfinite(values).all():
-            raise ValueError(f"{name} must hold {channels} finite numbers, one for each channel, got {values}")
-    if min(cast(Sequence[float], std)) <= 0:
-        raise ValueError(f"std must be positive, got {std}")
-    return np.array(mean, np.float32), np.array(std, np.float32)
+    arrays = []
+    for name, values, allowed in (("mean", mean, "from 0 to 1"), ("std", std, "above 0")):
+        try:
+            array = np.array(values, np.float32)
+        except (ValueError, TypeError):
+            array = np.empty(0, np.float32)
+        fits = array.shape == (channels,) and np.isfinite(array).all()
+        if not fits or not ((array >= 0) & (array <= 1) if name == "mean" else array > 0).all():
+            raise ValueError(f"{name} must hold {channels} numbers {allowed}, one for each channel, not {values!r}")
+        arrays.append(array)
+    return arrays[0], arrays[1]
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -82,26 +95,29 @@ def _single(tensor: Tensor) -> Array:
 
 def _find_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the scale and the shift that a BN in evaluation mode is, in double precision."""
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+    if type(norm) not in NORMS or cast(nn.BatchNorm2d, norm).running_mean is None:
         raise ValueError(f"engine cpu folds BN with running statistics, not {norm}: take another engine")
-    scale = (_double(norm.running_var) + norm.eps).rsqrt()
+    norm = cast(nn.BatchNorm2d, norm)
+    scale = (_double(cast(Tensor, norm.running_var)) + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * _double(norm.weight)
-    shift = -_double(norm.running_mean) * scale
+    shift = -_double(cast(Tensor, norm.running_mean)) * scale
     return scale, shift + _double(norm.bias) if norm.affine else shift
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Array, Array | None]:
     """Return weight and bias of a convolution with the norm behind it; a norm folded before is an identity."""
     weight, bias = _double(conv.weight), None if conv.bias is None else _double(conv.bias)
-    if not isinstance(norm, nn.Identity):
+    if type(norm) is not nn.Identity:
         scale, shift = _find_affine(norm)
         weight = weight * scale[:, None, None, None]
         bias = shift if bias is None else bias * scale + shift
     return _single(weight), None if bias is None else _single(bias)
 
 
-def _to_patch(layer: ConvNorm, mean: Array | None = None, std: Array | None = None) -> Patch:
+def _to_patch(layer: ConvNorm, kernel_size: int, mean: Array | None = None, std: Array | None = None) -> Patch:
+    check_type("embedding or merging", layer, ConvNorm)
+    check_conv(layer.conv, kernel_size, stride=kernel_size)
     return Patch(*_fold(layer.conv, layer.norm), mean, std)
 
 
@@ -109,8 +125,10 @@ def to_block(block: FasterNetBlock) -> Block:
     """Return what the C++ engine computes a block with, BN and layer scale folded.
 
     Raises:
-        ValueError: PConv is dilated, or the norm or activation is one that the engine has not.
+        ValueError: A part is not the published one, PConv is dilated, or the norm or activation is one that the engine
+            has not.
     """
+    check_block(block)
     if block.pconv.dilation != 1:
         raise ValueError(f"engine cpu has no PConv of dilation {block.pconv.dilation}: take another engine")
     expand, expand_bias = _fold(block.pwconv1, block.norm)
@@ -138,6 +156,11 @@ def _to_feature(model: FasterNet, stage: int) -> Feature:
 
 
 def _to_head(head: Head) -> native.Head:
+    check_type("head", head, Head)
+    check_type("dropout", head.drop, nn.Dropout, nn.Identity)
+    check_conv(head.pwconv, 1)
+    if type(head.fc) not in (nn.Linear, nn.Identity):
+        raise ValueError(f"the classifier must be a Linear layer or an Identity, not {type(head.fc).__name__}")
     weight, bias = _fold(head.pwconv, nn.Identity())
     fc = head.fc if isinstance(head.fc, nn.Linear) else None
     return native.Head(

@@ -1,4 +1,4 @@
-"""The C++ engine as a PyTorch module: Tensors in, Tensors out, nothing copied on the way."""
+"""The C++ engine as a PyTorch module: Tensors in, Tensors out; dense pictures are not copied on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fasternet.deploy.cpu_engine import CpuEngine
+from fasternet.deploy.cpu_engine import CpuEngine, check_threads
 
 
 class CpuModule(nn.Module):
@@ -25,18 +25,25 @@ class CpuModule(nn.Module):
 
     def __init__(self, engine: CpuEngine, threads: int | None = None) -> None:
         super().__init__()
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads={threads} must be at least 1")
         self.engine, self.threads = engine, threads
         self.reasons: Mapping[str, str] = engine.reasons
         super().train(False)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of a call; None takes PyTorch's."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, threads: int | None) -> None:
+        self._threads = None if threads is None else check_threads(threads)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Map pictures to logits, or to feature maps; no gradient is recorded.
 
         Args:
             x: (N, C, H, W) on the CPU, float32, or uint8 where the engine has mean and std. Contiguous and
-                channels_last are taken without a copy.
+                channels_last are taken without a copy, views of others are copied.
 
         Returns:
             Logits (N, K), or a list of maps (N, C, H, W) in channels_last; float32, in memory of their own.
@@ -44,10 +51,12 @@ class CpuModule(nn.Module):
         Raises:
             ValueError: ``x`` does not fit.
         """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor, not {type(x).__name__}: CpuEngine takes arrays")
         if x.device.type != "cpu" or x.layout != torch.strided:
-            raise ValueError(f"the input must be a dense tensor on the CPU, got {x.layout} on {x.device}")
-        if x.dtype not in (torch.float32, torch.uint8):
-            raise ValueError(f"the input must be float32, or uint8 where the engine has mean and std, got {x.dtype}")
+            raise ValueError(f"x must be a dense tensor on the CPU, not {x.layout} on {x.device}")
+        if x.dtype not in (torch.float32, torch.uint8):  # NumPy has no bfloat16
+            raise ValueError(f"x must be float32 or uint8, not {x.dtype}")
         outputs = self.engine(x.detach().numpy(), threads=self.threads or torch.get_num_threads())
         if isinstance(outputs, list):
             return [torch.from_numpy(output) for output in outputs]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasternet.deploy.fold import fold_batch_norm
+from fasternet.deploy.published import check_timm
 from fasternet.models import convert
 from fasternet.models.fasternet import (
     MIN_INPUT_SIZE,
@@ -27,7 +28,7 @@ from fasternet.ops.block import BlockWeights, Pointwise, block_restore_
 if TYPE_CHECKING:
     from fasternet.deploy.cpu_module import CpuModule
 
-Engine = Literal["eager", "cpu", "auto"]
+ModuleEngine = Literal["eager", "cpu", "auto"]  # those of ``deploy.ENGINES`` that give a module
 TRIAL_SIZE = 224  # pixels; the paper's
 
 
@@ -130,7 +131,8 @@ def optimize_for_inference(
         batch_size: What the model will mostly be run with; it takes any. At 1, ``eager`` runs pointwise convolutions
             and mergings as matrix products, above as convolutions.
         engine: ``"eager"``, plain PyTorch; ``"cpu"``, the C++ engine, which runs on the CPU alone; or ``"auto"``, the
-            faster of them for ``batch_size`` pictures of 224 pixels here (classifiers only).
+            faster of these two, of which alone a module can be made, for ``batch_size`` pictures of 224 pixels here
+            (classifiers only); in bf16 it is ``"cpu"``, and there is no choice. See ``choose_engine`` for all engines.
         precision: Of the engine ``cpu``: ``"fp32"`` or ``"bf16"``; what goes in and out is float32. ``eager`` computes
             in the model's own.
         threads: Of the engine ``cpu``; None takes PyTorch's at each call, as ``eager`` does.
@@ -142,8 +144,8 @@ def optimize_for_inference(
     Raises:
         ValueError: ``model`` is no FasterNet, an option is not known, or the engine cannot run here.
     """
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine {engine!r} is not one of {', '.join(get_args(Engine))}")
+    if engine not in get_args(ModuleEngine):
+        raise ValueError(f"engine {engine!r} is not one of {', '.join(get_args(ModuleEngine))}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if engine == "cpu":
@@ -162,12 +164,17 @@ def _optimize_auto(model: nn.Module, batch_size: int, precision: str, threads: i
     from fasternet.deploy.auto import choose_engine
 
     model = model if isinstance(model, FasterNet) else from_timm(model)
-    example = torch.zeros(batch_size, model.config.in_chans, TRIAL_SIZE, TRIAL_SIZE)
-    candidates = ("eager", "cpu") if precision == "fp32" else ("cpu",)
-    choice = choose_engine(model, example, precision=precision, threads=threads, candidates=candidates)
-    options: dict[str, Any] = {"precision": precision, "threads": threads} if choice.engine == "cpu" else {}
-    optimized = cast(Any, optimize_for_inference(model, batch_size=batch_size, engine=choice.engine, **options))
-    optimized.reasons = {**optimized.reasons, "choice": choice.reason}
+    options: dict[str, Any] = {"precision": precision, "threads": threads}
+    if precision != "fp32":
+        engine, reason = "cpu", f"no choice: in {precision} the engine cpu alone gives a module"
+    else:
+        device = model.embedding.conv.weight.device
+        example = torch.zeros(batch_size, model.config.in_chans, TRIAL_SIZE, TRIAL_SIZE, device=device)
+        choice = choose_engine(model, example, threads=threads, candidates=("eager", "cpu"))
+        engine, reason = choice.engine, choice.reason
+    options = options if engine == "cpu" else {}
+    optimized = cast(Any, optimize_for_inference(model, batch_size=batch_size, engine=engine, **options))
+    optimized.reasons = {**optimized.reasons, "choice": reason}
     return cast(nn.Module, optimized)
 
 
@@ -192,7 +199,7 @@ def from_timm(model: nn.Module) -> FasterNet:
     """Return our FasterNet with the weights of timm's, in its mode: a classifier, or with ``features_only`` its maps.
 
     Raises:
-        ValueError: ``model`` is not timm's FasterNet, or one that ours cannot express.
+        ValueError: ``model`` is not timm's FasterNet, or one that ours cannot express, such as with hooks.
     """
     from timm.models import FeatureListNet
     from timm.models.fasternet import FasterNet as TimmFasterNet
@@ -208,6 +215,7 @@ def from_timm(model: nn.Module) -> FasterNet:
         out_indices, head = tuple(model.feature_info.out_indices), {}
     else:
         raise ValueError(f"model must be a FasterNet of this package or of timm, got {type(model).__name__}")
+    check_timm(model)
     config = _read_config(model.patch_embed, stages, **head)
     ours = FasterNet(config, out_indices=out_indices)
     state = {key.replace("stages_", "stages."): tensor for key, tensor in model.state_dict().items()}
@@ -224,9 +232,7 @@ def _read_config(embedding: nn.Module, stages: list[Any], **head: Any) -> Faster
     if not isinstance(embedding, PatchEmbed) or not all(isinstance(stage, Block) for stage in stages):
         raise ValueError("model must be a FasterNet of this package or of timm, got other modules")
     first = stages[0].blocks[0]
-    activation = {nn.GELU: "gelu", nn.ReLU: "relu"}.get(type(first.mlp[2]))
-    if activation is None:
-        raise ValueError(f"timm's model must have GELU or ReLU, got {first.mlp[2]}")
+    activation = {nn.GELU: "gelu", nn.ReLU: "relu"}[type(first.mlp[2])]
     return FasterNetConfig(
         width=embedding.proj.out_channels,
         depths=(*(len(stage.blocks) for stage in stages), *[1] * (4 - len(stages))),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fasternet.deploy import onnx_file
-from fasternet.deploy.cpu_engine import CpuEngine
+from fasternet.deploy.cpu_engine import CpuEngine, check_threads
 from fasternet.deploy.cpu_module import CpuModule
 from fasternet.deploy.engines import REASONS, SPEED_ONLY, explain_engine
 from fasternet.deploy.fold import fold_batch_norm
@@ -122,20 +122,8 @@ def create_runtime(
             it cannot build this network.
         ModuleNotFoundError: The engine's package is missing.
     """
-    if example.dim() != 4 or example.dtype != torch.float32 or not len(example):
-        raise ValueError(f"example must be float32 (N, C, H, W), got {example.dtype} {tuple(example.shape)}")
-    if memory_format is not None and memory_format not in _MEMORY_FORMATS:
-        raise ValueError(f"memory_format {memory_format!r} is not one of {', '.join(_MEMORY_FORMATS)}")
-    if (reason := explain_engine(engine, precision, example.device.type)) is not None:
-        raise (ModuleNotFoundError if "pip install" in reason else ValueError)(reason)
     current = torch.get_num_threads()
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} must be at least 1")
-    if threads not in (None, current) and engine in ("eager", "compile"):
-        raise ValueError(
-            f"threads={threads}, but engine {engine} runs in PyTorch's threads, which are {current}: "
-            "set them with fasternet.environment.set_threads"
-        )
+    _check_arguments(example, engine, precision, threads, memory_format)
     if engine == "auto":
         from fasternet.deploy.auto import choose_engine
 
@@ -158,6 +146,27 @@ def create_runtime(
                 file_bytes = None
     reasons |= {"engine": REASONS[engine], **({"precision": SPEED_ONLY} if precision == "int8" else {})}
     return Runtime(engine, precision, len(example), load_s, file_bytes, reasons, run, example)
+
+
+def _check_arguments(
+    example: Tensor, engine: str, precision: str, threads: int | None, memory_format: str | None
+) -> None:
+    if example.dim() != 4 or example.dtype != torch.float32 or not len(example):
+        raise ValueError(f"example must be float32 (N, C, H, W), got {example.dtype} {tuple(example.shape)}")
+    if memory_format is not None and memory_format not in _MEMORY_FORMATS:
+        raise ValueError(f"memory_format {memory_format!r} is not one of {', '.join(_MEMORY_FORMATS)}")
+    if (reason := explain_engine(engine, precision, example.device.type)) is not None:
+        raise (ModuleNotFoundError if "pip install" in reason else ValueError)(reason)
+    if threads is not None:
+        check_threads(threads)
+    current = torch.get_num_threads()
+    if threads not in (None, current) and engine in ("eager", "compile"):
+        raise ValueError(
+            f"threads={threads}, but engine {engine} runs in PyTorch's threads, which are {current}: "
+            "set them with fasternet.environment.set_threads"
+        )
+    if engine == "auto" and memory_format is not None:
+        raise ValueError(f"memory_format={memory_format} is for eager and compile: engine auto chooses its own")
 
 
 def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:

@@ -22,8 +22,18 @@ def compare_outputs(fast: nn.Module, model: nn.Module, images: Tensor, *, batch_
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     expected = torch.cat([model(batch) for batch in batches])
     output = torch.cat([fast(batch) for batch in batches])
+    return describe_difference(output, expected)
+
+
+def describe_difference(output: Tensor, expected: Tensor) -> dict[str, float]:
+    """Return what ``compare_outputs`` returns, of logits (N, K) that are there already."""
     return {
         "max_relative_difference": float((output - expected).abs().max() / expected.abs().max()),
         "changed_predictions": int((output.argmax(1) != expected.argmax(1)).sum()),
-        "num_images": len(images),
+        "num_images": len(expected),
     }
+
+
+def measure_correlation(output: Tensor, expected: Tensor) -> float:
+    """Return how far outputs point the same way: 1 where one is a multiple of the other, NaN where one is constant."""
+    return float(torch.corrcoef(torch.stack([output.flatten().float(), expected.flatten().float()]))[0, 1])

@@ -5,11 +5,13 @@ alone: in float32 on the CPU, in PyTorch's threads, for inference only. They pas
 torch.export. Shapes: ``x`` (N, C, H, W) in any memory format, the result in channels_last, the engine's own layout.
 
 The engine packs weights ahead. What was packed is kept for as long as the weights live, and packed anew where one has
-been written to. A write that PyTorch does not count, through ``.data`` or a NumPy view, is not seen.
+been written to. A write that PyTorch does not count, through ``.data`` or a NumPy view, is not seen. Weights that were
+made in inference mode, where no write is counted, are packed at each call.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,12 +25,16 @@ Weights = tuple[Tensor | None, ...]
 Options = tuple[int | str, ...]
 
 
+WEIGHTS = {"block": ("partial", "expand", "expand_bias", "project", "project_bias"), "pconv": ("weight",)}
+
+
 class _Packed(NamedTuple):
     """A network, the state of the weights that it was packed from, and what removes it where one of them ends."""
 
     states: list[tuple[int, int]]
     network: native.Network
     references: list[weakref.ref[Tensor]]
+    storages: list[torch.UntypedStorage]  # alive, so that no other data of a weight can have the same address
 
 
 # By the ids of the weights and the options; an entry is gone before an id can be used again.
@@ -64,8 +70,11 @@ def block(
         ValueError: A shape, type or option does not fit, a gradient is wanted, or the engine cannot run here.
     """
     weights = (partial, expand, expand_bias, project, project_bias)
-    _check(x, *weights)
-    return _run(x, _find_network(_create_block, weights, (start, activation)))
+    _check(x, "block", weights)
+    network = _find_network(_create_block, "block", weights, (start, activation))
+    if x.shape[1] != expand.shape[1]:  # of an empty batch too, which the network never sees
+        raise ValueError(f"x must have {expand.shape[1]} channels, got the shape {tuple(x.shape)}")
+    return _run(x, network)
 
 
 def pconv(x: Tensor, weight: Tensor, start: int) -> Tensor:
@@ -82,12 +91,16 @@ def pconv(x: Tensor, weight: Tensor, start: int) -> Tensor:
     Raises:
         ValueError: A shape or type does not fit, a gradient is wanted, or the engine cannot run here.
     """
-    _check(x, weight)
-    return _run(x, _find_network(_create_pconv, (weight,), (x.shape[1], start)))
+    _check(x, "pconv", (weight,))
+    return _run(x, _find_network(_create_pconv, "pconv", (weight,), (x.shape[1], start)))
 
 
-def _check(x: Tensor, *weights: Tensor | None) -> None:
-    """Refuse what the engine cannot take; the weights themselves are checked where they are packed."""
+def _check(x: Tensor, operator: str, weights: Weights) -> None:
+    """Refuse what the engine cannot take; the weights' types and shapes are checked where they are packed."""
+    for name, weight in zip(WEIGHTS[operator], weights, strict=True):
+        if weight is not None and (weight.device != x.device or x.is_cuda):
+            where = f"x on {x.device}, {name} on {weight.device}"
+            raise ValueError(f"the C++ engine computes on the CPU alone, got {where}")
     if x.dim() != 4:
         raise ValueError(f"x must have the shape (N, C, H, W), got {tuple(x.shape)}")
     if x.dtype != torch.float32:
@@ -96,29 +109,34 @@ def _check(x: Tensor, *weights: Tensor | None) -> None:
         raise ValueError("the C++ engine computes no gradient: use torch.no_grad(), or another implementation")
 
 
-def _find_network(create: Callable[..., list[native.Layer]], weights: Weights, options: Options) -> native.Network:
+def _find_network(
+    create: Callable[..., list[native.Layer]], operator: str, weights: Weights, options: Options
+) -> native.Network:
     """Return the network that was packed from these weights, or pack one."""
     given = [w for w in weights if w is not None]
     if any(w.is_inference() for w in given):  # writes to these are not counted
-        return _pack(create, weights, options)
+        return _pack(create, operator, weights, options)
     key = (*map(id, weights), *options)
     states = [(w.data_ptr(), w._version) for w in given]  # before what is packed is read
     found = _packed.get(key)
     if found is not None and found.states == states:
         return found.network
-    network = _pack(create, weights, options)
+    network = _pack(create, operator, weights, options)
 
     def forget(_: Any) -> None:
         _packed.pop(key, None)
 
-    _packed[key] = _Packed(states, network, [weakref.ref(w, forget) for w in given])
+    references, storages = [weakref.ref(w, forget) for w in given], [w.untyped_storage() for w in given]
+    _packed[key] = _Packed(states, network, references, storages)
     return network
 
 
-def _pack(create: Callable[..., list[native.Layer]], weights: Weights, options: Options) -> native.Network:
-    for weight in weights:
+def _pack(
+    create: Callable[..., list[native.Layer]], operator: str, weights: Weights, options: Options
+) -> native.Network:
+    for name, weight in zip(WEIGHTS[operator], weights, strict=True):
         if weight is not None and weight.dtype != torch.float32:
-            raise ValueError(f"the C++ engine takes weights of torch.float32, got {weight.dtype}")
+            raise ValueError(f"the C++ engine takes weights of torch.float32, but {name} is {weight.dtype}")
     arrays = (None if w is None else w.detach().contiguous().numpy() for w in weights)
     return native.Network(create(*arrays, *options))
 
@@ -147,8 +165,8 @@ def _run(x: Tensor, network: native.Network) -> Tensor:
     return y
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    _check(x, *(a for a in arguments if isinstance(a, Tensor)))
+def _fake(operator: str, x: Tensor, *arguments: Any) -> Tensor:
+    _check(x, operator, arguments[: len(WEIGHTS[operator])])
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
@@ -158,7 +176,8 @@ def _register(library: torch.library.Library, operator: Callable[..., Tensor]) -
     schema = torch.library.infer_schema(operator, mutates_args=())
     torch.library.define(name, schema, lib=library, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "cpu", operator, lib=library)
-    torch.library.register_fake(name, _fake, lib=library)
+    torch.library.impl(name, "cuda", operator, lib=library)  # which refuses, in one sentence
+    torch.library.register_fake(name, functools.partial(_fake, operator.__name__), lib=library)
 
 
 _library = torch.library.Library("fasternet", "FRAGMENT")  # type: ignore[no-untyped-call]

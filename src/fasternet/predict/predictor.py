@@ -46,6 +46,7 @@ class Predictor:
         class_names: The K labels.
         batch_size: Pictures that go through the network at once.
         fingerprint: A hash of weights, classes and preprocessing, and the precision where it is not fp32.
+        runtime: What runs the network, where ``from_checkpoint`` made it; its ``reasons`` say why.
     """
 
     logits_fn: Callable[[Tensor], Tensor]
@@ -53,6 +54,7 @@ class Predictor:
     class_names: Sequence[str]
     batch_size: int = 16
     fingerprint: str = ""
+    runtime: Runtime | None = None
 
     @classmethod
     def from_checkpoint(
@@ -91,6 +93,7 @@ class Predictor:
             checkpoint.class_names or _name_classes(checkpoint.num_classes),
             batch_size,
             _hash_checkpoint(checkpoint) + (f" {precision}" if precision != "fp32" else ""),
+            network,
         )
 
     def __call__(
