@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ ISA_VARIABLE = "FASTERNET_CPU_ISA"  # names the instruction set where the argume
 LIBRARY_VARIABLE = "FASTERNET_NATIVE_LIBRARY"  # names another build of the library
 
 _INTERFACE = 2  # FN_INTERFACE
+Call = Callable[[int, Sequence[int], int], None]
 _MOST_CHANNELS = 2**20
 _BUILT = Path(__file__).parent / "_native" / "libfasternet.so"  # where CMakeLists.txt puts it
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
@@ -256,6 +257,20 @@ class Network:
         times = None if seconds is None else _point("seconds", seconds, (self._num_layers,), np.float64)
         _check(self._library.fn_run, self._handle, ctypes.byref(given), pointers, threads, times)
         return outputs
+
+    def bind(self, x: npt.NDArray[Any], *, layout: str = "NCHW") -> tuple[Call, list[tuple[int, ...]]]:
+        """Check a form of input once, and return what runs such inputs, and the shapes of the outputs.
+
+        What is returned takes the addresses of input and outputs and the number of threads, and trusts them.
+        """
+        x, given = self._check_input(x, layout)
+        form = given.dtype, given.layout, given.n, given.c, given.h, given.w
+
+        def call(data: int, outputs: Sequence[int], threads: int) -> None:
+            pointers = (ctypes.c_void_p * len(outputs))(*outputs)
+            _check(self._library.fn_run, self._handle, ctypes.byref(_Input(data, *form)), pointers, threads, None)
+
+        return call, self._shape_outputs(given)
 
     def _check_input(self, x: npt.NDArray[Any], layout: str) -> tuple[npt.NDArray[Any], _Input]:
         if not isinstance(x, np.ndarray) or x.ndim != 4:

@@ -211,10 +211,35 @@ def test_module_takes_pytorchs_threads_of_the_moment(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     module(torch.zeros(1, 3, 32, 32))
     module.threads = 2
-    module(torch.zeros(1, 3, 32, 32))
+    module(torch.zeros(2, 3, 32, 32))
     module.engine.threads = 4
     module.engine(np.zeros((1, 3, 32, 32), np.float32))
     assert seen == [3, 2, 4]
+    assert module._bound is not None
+    form, _, shapes = module._bound
+    module._bound = form, lambda data, outputs, threads: seen.append(threads), shapes
+    module(torch.ones(2, 3, 32, 32))
+    assert seen[3:] == [2]
+
+
+@needs_library
+@pytest.mark.parametrize("options", [{}, {"features_only": True}])
+def test_module_trusts_a_form_it_has_seen_and_no_other(options):
+    module = optimize_for_inference(create(**options), engine="cpu", threads=1)
+    images = torch.randn(4, 3, 64, 32)
+    forms = images[:2], images[2:], images[:1], images.transpose(2, 3), images.to(memory_format=torch.channels_last)
+    for x in [x for x in forms for _ in range(2)]:
+        outputs, expected = module(x), module.engine(x.numpy())
+        outputs, expected = (outputs, expected) if options else ([outputs], [expected])
+        assert all(torch.equal(a, torch.from_numpy(b)) for a, b in zip(outputs, expected, strict=True))
+    first = module(images)
+    kept = copy.deepcopy(first)
+    module(images + 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    with pytest.raises(ValueError, match="x must be a dense tensor on the CPU"):
+        module(images.to_sparse())
+    with pytest.raises(ValueError, match="x must be float32 or uint8"):
+        module(images.double())
 
 
 @needs_library

@@ -113,6 +113,11 @@ class CpuEngine:
         self._threads = check_threads(threads)
 
     @property
+    def has_head(self) -> bool:
+        """Whether a call gives logits; else it gives feature maps."""
+        return isinstance(self._layers[-1], Head)
+
+    @property
     def num_bytes(self) -> int:
         """Memory of packed weights and buffers, now; the folded float32 layers, kept for ``save``, are beside it."""
         return self._network.num_bytes
@@ -138,9 +143,14 @@ class CpuEngine:
         """
         x, layout = self._arrange(x, layout)
         outputs = self._network.run(x, layout=layout, threads=self.threads if threads is None else threads)
-        if isinstance(self._layers[-1], Head):
+        if self.has_head:
             return outputs[-1]
         return [output.transpose(_NHWC_TO_NCHW) for output in outputs]
+
+    def bind(self, x: np.ndarray) -> tuple[native.Call, list[tuple[int, ...]]] | None:
+        """Do what ``native.Network.bind`` does, for pictures (N, C, H, W); None where they would have to be copied."""
+        x, layout = self._arrange(x, "NCHW")
+        return self._network.bind(x, layout=layout) if x.flags.c_contiguous and x.flags.aligned else None
 
     def _arrange(self, x: np.ndarray, layout: str) -> tuple[np.ndarray, str]:
         """Return pictures in the order that lies in memory, and its name; what does not fit at all, native refuses."""
