@@ -52,7 +52,6 @@ class Runtime:
     _run: Callable[[Tensor], Tensor] = dataclasses.field(repr=False)
     _buffer: Tensor = dataclasses.field(repr=False)
 
-    @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
         """Map pictures to logits.
 
@@ -77,16 +76,19 @@ class Runtime:
                 f"x must be float32 of the shape (1 to {self.num_images}, {size}) on {buffer.device}, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        if self.engine in ("eager", "cpu"):  # these take any batch, in any memory format
+        if self.engine == "cpu":  # no operator of PyTorch runs in it
             return self._run(x)
-        if (
-            n < self.num_images
-            or x.stride() != buffer.stride()
-            or (self.engine == "compile" and not _is_alike(x, buffer))
-        ):
-            buffer[:n] = x
-            x = buffer
-        return self._run(x)[:n]
+        with torch.inference_mode():
+            if self.engine == "eager":  # it takes any batch, in any memory format, like cpu
+                return self._run(x)
+            if (
+                n < self.num_images
+                or x.stride() != buffer.stride()
+                or (self.engine == "compile" and not _is_alike(x, buffer))
+            ):
+                buffer[:n] = x
+                x = buffer
+            return self._run(x)[:n]
 
 
 def create_runtime(
@@ -206,7 +208,7 @@ class _InPrecision(nn.Module):
 
 def _load_engine_file(
     model: nn.Module, example: Tensor, precision: str, threads: int
-) -> tuple[CpuModule, float, int, dict[str, str]]:
+) -> tuple[Callable[[Tensor], Tensor], float, int, dict[str, str]]:
     """Write a FasterNet into an engine file and load it; see ``onnx_file.load``. The last is why it computes so."""
     from timm.models.fasternet import FasterNet as TimmFasterNet
 
@@ -220,11 +222,11 @@ def _load_engine_file(
         CpuEngine.from_model(model, precision=precision).save(file)
         num_bytes = file.stat().st_size
         start = time.perf_counter()
-        run = CpuModule(CpuEngine.load(file), threads)
-        output = run(example)
+        module = CpuModule(CpuEngine.load(file), threads)
+        output = module(example)
         load_s = time.perf_counter() - start
     _check_logits(output)
-    return run, load_s, num_bytes, dict(run.reasons)
+    return cast(Callable[[Tensor], Tensor], module.forward), load_s, num_bytes, dict(module.reasons)
 
 
 def _check_logits(output: object) -> None:
