@@ -87,7 +87,8 @@ def _tell_learned(row: Learned) -> Html:
 
 def _tell_differences(sources: Sequence[Source]) -> list[Html]:
     """Tell how many predictions optimising changed, of all networks together."""
-    latest = newest(select(sources, "difference"), lambda record: record.subject).values()
+    found = [record for record in select(sources, "difference") if record.suite != "engines"]  # of which some are bf16
+    latest = newest(found, lambda record: record.subject).values()
     own = [record for record in latest if record.subject.partition(":")[0] == record.condition.get("baseline")]
     told = [
         record for record in own if None not in (number(record, "changed_predictions"), number(record, "num_images"))
