@@ -135,6 +135,15 @@ def test_t0_at_every_size_and_batch(batch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+def test_narrow_network_at_every_size_and_batch(batch):
+    model = create_narrow(width=20)
+    engines = [CpuEngine.from_model(model, precision=p, isa=isa, threads=2) for isa, p in WAYS if is_fast(isa)]
+    for size in SIZES:
+        check(model, engines, size, batch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_variant_at_the_corners(name):
     model = prepare(name)
