@@ -215,7 +215,7 @@ def test_precisions_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="no fp32"):
             engines._choose_precisions(wanted)
     monkeypatch.setattr(engines, "explain_engine", lambda engine, precision: f"no {precision}")
-    with pytest.raises(ValueError, match="no fp32"):
+    with pytest.raises(ValueError, match="no bf16"):
         engines._choose_precisions(None)
 
 
