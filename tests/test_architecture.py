@@ -28,12 +28,16 @@ def test_imports_point_down():
 def test_public_names_are_these():
     assert fasternet.__all__ == [
         "CpuEngine",
+        "DetectionPredictor",
         "FasterNet",
         "FasterNetConfig",
         "PConv2d",
         "Predictor",
         "choose_engine",
         "count_costs",
+        "create_backbone",
+        "create_faster_rcnn",
+        "create_mask_rcnn",
         "create_model",
         "create_network",
         "create_runtime",
@@ -41,6 +45,8 @@ def test_public_names_are_these():
         "list_impls",
         "list_models",
         "load_checkpoint",
+        "load_detector",
+        "optimize_detector",
         "optimize_for_inference",
         "pconv2d",
         "pconv2d_",
@@ -64,7 +70,7 @@ def test_modules_say_what_they_are():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-LIGHT = "fasternet", "fasternet.cli", "fasternet.report", "fasternet.records", "fasternet.deploy"
+LIGHT = "fasternet", "fasternet.cli", "fasternet.detection", "fasternet.report", "fasternet.records", "fasternet.deploy"
 
 
 @pytest.mark.parametrize("module", LIGHT)

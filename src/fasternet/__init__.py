@@ -18,6 +18,13 @@ if TYPE_CHECKING:
         optimize_for_inference,
         use_native_blocks,
     )
+    from fasternet.detection import (
+        DetectionPredictor,
+        create_faster_rcnn,
+        create_mask_rcnn,
+        load_detector,
+        optimize_detector,
+    )
     from fasternet.models import (
         FasterNet,
         FasterNetConfig,
@@ -28,16 +35,20 @@ if TYPE_CHECKING:
     )
     from fasternet.ops import PConv2d, list_impls, pconv2d, pconv2d_
     from fasternet.predict import Predictor
-    from fasternet.rivals import create_network
+    from fasternet.rivals import create_backbone, create_network
 
 _HOMES = {
     "CpuEngine": "deploy",
+    "DetectionPredictor": "detection",
     "FasterNet": "models",
     "FasterNetConfig": "models",
     "PConv2d": "ops",
     "Predictor": "predict",
     "choose_engine": "deploy",
     "count_costs": "complexity",
+    "create_backbone": "rivals",
+    "create_faster_rcnn": "detection",
+    "create_mask_rcnn": "detection",
     "create_model": "models",
     "create_network": "rivals",
     "create_runtime": "deploy",
@@ -45,6 +56,8 @@ _HOMES = {
     "list_impls": "ops",
     "list_models": "models",
     "load_checkpoint": "models",
+    "load_detector": "detection",
+    "optimize_detector": "detection",
     "optimize_for_inference": "deploy",
     "pconv2d": "ops",
     "pconv2d_": "ops",
@@ -52,16 +65,20 @@ _HOMES = {
     "use_native_blocks": "deploy",
 }
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "CpuEngine",
+    "DetectionPredictor",
     "FasterNet",
     "FasterNetConfig",
     "PConv2d",
     "Predictor",
     "choose_engine",
     "count_costs",
+    "create_backbone",
+    "create_faster_rcnn",
+    "create_mask_rcnn",
     "create_model",
     "create_network",
     "create_runtime",
@@ -69,6 +86,8 @@ __all__ = [
     "list_impls",
     "list_models",
     "load_checkpoint",
+    "load_detector",
+    "optimize_detector",
     "optimize_for_inference",
     "pconv2d",
     "pconv2d_",

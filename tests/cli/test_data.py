@@ -86,3 +86,75 @@ def test_pack_makes_shards_and_names_what_it_left_out(tree: Path, tmp_path: Path
     assert result.stdout.splitlines()[-1] == str(tmp_path / "shards")
     assert "left out, as they cannot be read: 1" in result.stderr
     assert (tmp_path / "shards" / "shards.json").is_file()
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Two pictures to train and one to validate, a box in each, and one box without area."""
+    root = tmp_path / "yolo"
+    for split, numbers in (("train", (0, 1)), ("val", (2,))):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        for number in numbers:
+            Image.new("RGB", (40, 30), "green").save(root / "images" / split / f"{number}.png")
+            (root / "labels" / split / f"{number}.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (root / "labels" / "train" / "1.txt").write_text("1 0.5 0.5 0.5 0.5\n0 0.5 0.5 0 0.5\n")
+    (root / "data.yaml").write_text("names: [ant, bee]\n")
+    return root
+
+
+def import_(*arguments: object) -> Result:
+    return CliRunner().invoke(data, ["import", *map(str, arguments)])
+
+
+def test_import_makes_coco_that_check_takes(yolo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "coco"
+    result = import_(yolo, "-o", output)
+    assert result.exit_code == 0, result.exception
+    assert result.stdout.splitlines()[-2:] == ["2 classes: ant, bee", str(output)]
+    assert f"no area within the picture: 1\n  {yolo / 'labels' / 'train' / '1.txt'}, line 2" in result.stderr
+    result = run("check", output)
+    assert result.exit_code == 0, result.exception
+    assert "coco: training would trip over 0 findings" in result.stdout
+    document = json.loads(run("check", output / "annotations" / "instances_val.json", "--json").stdout)
+    assert (document["splits"]["train"]["num_objects"], document["errors"]) == (1, [])
+    again = import_(yolo, "-o", output)
+    assert isinstance(again.exception, FileExistsError)
+
+
+def test_import_takes_its_options(yolo: Path, tmp_path: Path) -> None:
+    wrong = import_(yolo, "-o", tmp_path / "a", "--format", "voc")
+    assert "no folder of pictures at" in str(wrong.exception)
+    assert import_(yolo, "-o", tmp_path / "a", "--format", "csv").exit_code == 2
+    maskless = import_(yolo, "-o", tmp_path / "a", "--masks")
+    assert "has no training picture to import" in str(maskless.exception)
+    (yolo / "labels" / "train" / "0.txt").write_text("0 0.1 0.1 0.9 0.1 0.5 0.9\n")
+    result = import_(yolo, "-o", tmp_path / "a", "--masks", "--copy", "--format", "yolo")
+    assert result.exit_code == 0, result.exception
+    assert [path.name for path in (tmp_path / "a" / "train").iterdir()] == ["0.png"]
+    assert not (tmp_path / "a" / "train" / "0.png").samefile(yolo / "images" / "train" / "0.png")
+    assert "pictures left out: an object has no mask: 2" in result.stderr
+
+
+def test_check_of_coco_ends_with_1_where_training_would_trip(yolo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "coco"
+    import_(yolo, "-o", output, "--copy")
+    (output / "train" / "0.png").write_text("text")
+    (output / "val" / "2.png").unlink()
+    result = run("check", output)
+    assert result.exit_code == 1
+    assert "0.png: it is no picture of a known format" in result.stdout
+    assert "2.png is missing" in result.stdout
+    assert "coco: training would trip over 2 findings" in result.stdout
+    (output / "annotations" / "instances_val.json").write_text("{")
+    document = json.loads(run("check", output, "--json").stdout)
+    assert len(document["errors"]) == 2
+    refused = run("check", output, "-o", tmp_path / "page")
+    assert "a page is made of folders of classes; --json prints all of" in str(refused.exception)
+
+
+def test_check_takes_a_json_file_beside_classes_for_what_it_is(tree: Path) -> None:
+    (tree / "names.json").write_text('{"ant": "Formicidae"}')
+    result = run("check", tree)
+    assert result.exit_code == 0, result.exception
+    assert "zoo: 8 pictures, 2 classes" in result.stdout

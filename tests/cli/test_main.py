@@ -10,9 +10,10 @@ from fasternet import cli
 
 COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "pick", "convert", "push", "report", "env")
 GROUPS = {
-    "bench": ("operators", "networks", "sweeps", "steps", "deploy", "training", "faults"),
-    "data": ("check", "pack"),
-    "reproduce": ("list", *(f"table{n}" for n in (1, 3, 5, 6, 8, 9)), *(f"fig{n}" for n in (1, 2, 4, 7, 8))),
+    "bench": ("operators", "networks", "sweeps", "steps", "deploy", "training", "faults", "detection", "engines"),
+    "data": ("check", "pack", "import"),
+    "detect": ("train", "eval", "predict", "export"),
+    "reproduce": ("list", *(f"table{n}" for n in (1, 3, 4, 5, 6, 7, 8, 9)), *(f"fig{n}" for n in (1, 2, 4, 7, 8))),
     "results": ("merge", "check"),
 }
 

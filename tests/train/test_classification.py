@@ -10,8 +10,8 @@ from fasternet.models.checkpoint import save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.records import load_records
 from fasternet.rivals import load_network
-from fasternet.train.classification import create_classification
-from fasternet.train.loop import Hooks, train
+from fasternet.train.classification import create_classification, train
+from fasternet.train.loop import Hooks
 from fasternet.train.state import load_state, seed_everything
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}

@@ -16,7 +16,7 @@ from fasternet.cli import app
 from fasternet.models.checkpoint import Preprocessing, load_checkpoint, save_checkpoint
 from fasternet.models.registry import create_model
 from fasternet.records import load_records
-from fasternet.train.recipe import load_recipe
+from fasternet.train.recipe import Recipe, load_recipe
 from fasternet.train.recipes import RECIPES
 
 QUICK = ("--device", "cpu", "--set", "precision=fp32", "--batch-size", "8", "--input-size", "32")
@@ -53,7 +53,7 @@ def test_train_prints_the_run_folder_last(trained: tuple[Path, Result]) -> None:
 
 
 def test_train_takes_the_small_recipe_and_what_was_changed_of_it(trained: tuple[Path, Result]) -> None:
-    recipe = load_recipe(trained[0] / "recipe.yaml")
+    recipe = load_recipe(trained[0] / "recipe.yaml", Recipe)
     assert (recipe.epochs, recipe.batch_size, recipe.input_size, recipe.precision) == (1, 8, 32, "fp32")
     assert (recipe.lr, recipe.clip_grad) == (4e-4, 1.0)
 
@@ -95,7 +95,7 @@ def test_train_from_weights_takes_the_recipe_for_it(small: Path, pictures: Path,
     options = ("--checkpoint", small, "--epochs", 1, *QUICK)
     result = run("train", "fasternet_t0", "--data", pictures, "--output", output, *options)
     assert result.exit_code == 0, result.output
-    assert load_recipe(output / "recipe.yaml").layer_decay == RECIPES["finetune"].layer_decay
+    assert load_recipe(output / "recipe.yaml", Recipe).layer_decay == RECIPES["finetune"].layer_decay
     assert load_checkpoint(output).model.config.width == 8
 
 
@@ -118,7 +118,7 @@ def test_train_stopped_by_ctrl_c_says_how_to_resume(
             (output / "recipe.yaml").write_text("epochs: 3")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasternet.train.loop.train", stop)
+    monkeypatch.setattr("fasternet.train.classification.train", stop)
     result = run("train", "fasternet_t0", "--data", "digits", "--output", output)
     assert isinstance(result.exception, OSError)
     if begun:

@@ -7,8 +7,8 @@ import torch
 
 from fasternet.models.checkpoint import Preprocessing, save_checkpoint
 from fasternet.models.registry import create_model
+from fasternet.train.classification import train
 from fasternet.train.distill import Teacher, compute_distillation, create_teacher
-from fasternet.train.loop import train
 from fasternet.train.recipe import Recipe
 
 NAMES = ("bright", "dark")

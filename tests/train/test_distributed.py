@@ -20,7 +20,8 @@ pytestmark = pytest.mark.multiprocess
 SCRIPT = """
 import dataclasses, json, os, sys
 from pathlib import Path
-from fasternet.train.loop import Hooks, train
+from fasternet.train.classification import train
+from fasternet.train.loop import Hooks
 from fasternet.train.recipe import Recipe, parse_overrides
 
 data, output, norm, *changes = sys.argv[1:]

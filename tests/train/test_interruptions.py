@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fasternet.cli.train import stop_between_steps
+from fasternet.cli._training import stop_between_steps
 from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
-from fasternet.train.classification import Classification
-from fasternet.train.loop import Hooks, Progress, train
+from fasternet.train.classification import Classification, train
+from fasternet.train.loop import Hooks, Progress
 from fasternet.train.recipe import Recipe, load_recipe
 from fasternet.train.state import load_state
 
@@ -181,7 +181,7 @@ def test_run_killed_before_its_first_state_begins_anew(run, uninterrupted: Path,
 def test_run_from_weights_is_not_begun_anew_without_them(run, tmp_path: Path) -> None:
     output = tmp_path / "run"
     source = run(tmp_path / "source", epochs=1)
-    options = {"model_options": TINY_MODEL, "device": "cpu", "recipe": load_recipe(source / "recipe.yaml")}
+    options = {"model_options": TINY_MODEL, "device": "cpu", "recipe": load_recipe(source / "recipe.yaml", Recipe)}
     with pytest.raises(KeyboardInterrupt):
         train("fasternet_t0", str(run.data), output, checkpoint=source, hooks=Hooks(progress=_interrupt), **options)
     with pytest.raises(ValueError, match="leave checkpoint and pretrained out"):

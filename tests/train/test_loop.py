@@ -11,9 +11,9 @@ from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
 from fasternet.train import loop
 from fasternet.train import run as run_folder
-from fasternet.train.classification import Classification
-from fasternet.train.loop import Hooks, Progress, train
-from fasternet.train.recipe import load_recipe
+from fasternet.train.classification import Classification, train
+from fasternet.train.loop import Hooks, Progress
+from fasternet.train.recipe import Recipe, load_recipe
 from fasternet.train.state import load_state
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
@@ -84,7 +84,7 @@ def test_train_fills_the_run_folder(uninterrupted: Path, recipe) -> None:
     assert records[0].condition["data"] == "brightness"
     assert records[0].values["num_train"] == 20
     assert records[0].values["num_validation"] == 4
-    assert load_recipe(uninterrupted / "recipe.yaml") == recipe
+    assert load_recipe(uninterrupted / "recipe.yaml", Recipe) == recipe
     epochs = [r.values for r in records if r.kind == "epoch"]
     assert set(epochs[0]) == {
         "train_loss", "validation_loss", "top1", "top5", "lr", "images_per_second", "seconds",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fasternet.models.registry import create_model
-from fasternet.train.optim import compute_lr, create_optimizer, freeze_stages, set_lr, set_training
+from fasternet.train.optim import create_optimizer, freeze_stages, set_lr, set_training
 from fasternet.train.recipes import RECIPES
 
 
@@ -18,18 +18,18 @@ def published():
 
 
 def test_compute_lr_by_epoch_is_the_published_one(published) -> None:
-    rates = [compute_lr(published, epoch) for epoch in range(300)]
+    rates = [published.compute_lr(epoch) for epoch in range(300)]
     assert rates[0] == 1e-6
     assert rates[10] == pytest.approx(1e-6 + 10 / 19 * (0.004 - 1e-6))
     assert rates[19] == rates[20] == 0.004
     assert rates[160] == pytest.approx((0.004 + 1e-5) / 2)
     assert rates[299] == pytest.approx(1e-5 + (0.004 - 1e-5) * (1 + math.cos(math.pi * 279 / 280)) / 2)
-    assert compute_lr(published, 30, 0.9) == rates[30]
+    assert published.compute_lr(30, 0.9) == rates[30]
 
 
 def test_compute_lr_by_step_rises_to_the_peak_and_falls_to_the_end(published) -> None:
     recipe = dataclasses.replace(published, lr_schedule="step", epochs=10, warmup_epochs=2)
-    rates = [compute_lr(recipe, epoch, step / 50) for epoch in range(10) for step in range(50)]
+    rates = [recipe.compute_lr(epoch, step / 50) for epoch in range(10) for step in range(50)]
     peak = rates.index(0.004)
     assert peak == 100
     assert rates[0] == 1e-6
@@ -42,7 +42,7 @@ def test_compute_lr_by_step_rises_to_the_peak_and_falls_to_the_end(published) ->
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 5])
 def test_compute_lr_stays_within_its_limits(published, schedule: str, warmup_epochs: int) -> None:
     recipe = dataclasses.replace(published, lr_schedule=schedule, epochs=2, warmup_epochs=warmup_epochs)
-    rates = [compute_lr(recipe, epoch, done) for epoch in range(2) for done in (0.0, 0.5)]
+    rates = [recipe.compute_lr(epoch, done) for epoch in range(2) for done in (0.0, 0.5)]
     assert all(recipe.warmup_lr <= rate <= recipe.lr for rate in rates)
     if not warmup_epochs:
         assert rates[0] == recipe.lr
@@ -106,5 +106,5 @@ def test_frozen_batch_norm_keeps_its_statistics(network) -> None:
 def test_layers_of_other_networks_are_not_known(field: str, value: float) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     recipe = dataclasses.replace(RECIPES["small"], **{field: value})
-    with pytest.raises(ValueError, match=f"recipe field {field}.* needs a FasterNet"):
+    with pytest.raises(ValueError, match=f"{field}.* needs a FasterNet"):
         freeze_stages(model, value) if field == "freeze" else create_optimizer(model, recipe)

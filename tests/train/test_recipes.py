@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from fasternet.models.fasternet import VARIANTS
-from fasternet.train.optim import compute_lr
-from fasternet.train.recipe import Recipe, load_recipe, parse_overrides, save_recipe
+from fasternet.train.detection_recipe import DetectionRecipe
+from fasternet.train.recipe import BaseRecipe, Recipe, load_recipe, parse_overrides, save_recipe
 from fasternet.train.recipes import PAPER_RECIPES, RECIPES, find_recipe
 
 
@@ -84,7 +84,7 @@ def test_find_recipe_has_the_paper_s_for_each_variant_and_for_no_other_network()
 def test_rate_follows_the_batch_where_the_recipe_says_for_which_it_is_meant() -> None:
     recipe = parse_overrides(PAPER_RECIPES["fasternet_t0"], ["batch_size=512"])
     assert recipe.effective_lr == pytest.approx(0.0005)
-    assert compute_lr(recipe, 20) == pytest.approx(0.0005)
+    assert recipe.compute_lr(20) == pytest.approx(0.0005)
     assert parse_overrides(RECIPES["small"], ["batch_size=512"]).effective_lr == RECIPES["small"].lr
 
 
@@ -104,7 +104,7 @@ ALL = [*PAPER_RECIPES.values(), *RECIPES.values()]
 @pytest.mark.parametrize("recipe", ALL, ids=[*PAPER_RECIPES, *RECIPES])
 def test_recipe_file_returns_the_same_recipe(recipe: Recipe, tmp_path) -> None:
     save_recipe(tmp_path / "recipe.yaml", recipe)
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert load_recipe(tmp_path / "recipe.yaml", Recipe) == recipe
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,12 @@ def test_load_recipe_says_what_is_wrong(text: str, message: str, tmp_path) -> No
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        load_recipe(path)
+        load_recipe(path, Recipe)
     assert "\n" not in str(error.value)
 
 
-def test_recipe_documents_each_field() -> None:
-    documented = [line.split(":")[0].strip() for line in Recipe.__doc__.split("Attributes:")[1].splitlines()]
-    assert {field.name for field in dataclasses.fields(Recipe)} <= set(documented)
+@pytest.mark.parametrize("kind", [Recipe, DetectionRecipe])
+def test_recipe_documents_each_field(kind: type[BaseRecipe]) -> None:
+    text = "".join(part.__doc__.split("Attributes:")[1] for part in (BaseRecipe, kind))
+    documented = [line.split(":")[0].strip() for line in text.splitlines()]
+    assert {field.name for field in dataclasses.fields(kind)} <= set(documented)

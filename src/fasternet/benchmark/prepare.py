@@ -123,14 +123,14 @@ def create_oracle(name: str, condition: Mapping[str, Any], seed: int) -> Oracle:
         torch.manual_seed(seed)
         network = create_network(name.partition(":")[0])
         noise = torch.randn(max(NUM_CALIBRATION_PICTURES, batch_size), 3, size, size, generator=random)
-        _randomize_layer_scale(network)
+        randomize_layer_scale(network)
         randomize_batch_norm(network, noise[:NUM_CALIBRATION_PICTURES], seed=seed)
         costs = count_costs(network, (1, 3, size, size))
     x = noise[:batch_size].to(device)
     return Oracle(network.to(device), x, network(x), costs)
 
 
-def _randomize_layer_scale(network: nn.Module) -> None:
+def randomize_layer_scale(network: nn.Module) -> None:
     """Let residual branches count, whose scales are 1e-6 in fresh networks: what a wrong one computes would be lost."""
     for name, parameter in network.named_parameters():
         if "gamma" in name.rpartition(".")[2] or "layer_scale" in name or name.endswith((".ls1.scale", ".ls2.scale")):

@@ -11,6 +11,7 @@ from fasternet.cli import (
     bench,
     convert,
     data,
+    detect,
     env,
     evaluate,
     info,
@@ -38,6 +39,7 @@ app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.data, name="data")
+app.add_typer(detect.detect, name="detect")
 app.add_typer(bench.bench, name="bench")
 app.command("pick")(pick.pick)
 app.command("convert")(convert.convert)

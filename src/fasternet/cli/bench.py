@@ -1,4 +1,4 @@
-"""``fasternet bench``: operators (Table 1), networks (Table 3), forms (Table 9), engines, sweeps, training, faults."""
+"""``fasternet bench``: operators (Table 1), networks (Table 3), detection (Table 4), engines, training and more."""
 
 from __future__ import annotations
 
@@ -165,6 +165,50 @@ def bench_engines(
         say=note,
     )
     finish("engines", records, path, as_json, {})
+
+
+@bench.command("detection")
+def bench_detection(
+    networks: Annotated[str | None, typer.Option(help="Backbones, separated by commas. [default: Table 4]")] = None,
+    engine: Annotated[
+        str, typer.Option(help="Of the backbones: eager, compile, onnxruntime, openvino, cpu (FasterNets alone).")
+    ] = "eager",
+    precision: Annotated[str, typer.Option(help="Of the backbones: fp32 or bf16.")] = "fp32",
+    size: Annotated[str, typer.Option(help="Height by width of the picture, multiples of 32.")] = "800x1280",
+    threads: Threads = 1,
+    device: Device = "cpu",
+    quick: Quick = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the groups that this machine's records hold already.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure Mask R-CNN on FasterNet and its rivals: backbone, neck, heads and post-processing, and all of it.
+
+    Example: fasternet bench detection --networks "FasterNet-S,ResNet50" --size 320x512 --quick
+    """
+    shorten_spinning()
+    refuse_auto([engine])
+    from fasternet.cli._detection import measure, parse_size, print_detectors
+
+    path, known = _find_known("detection", out, resume)
+    records = measure(
+        split(networks),
+        engine=engine,
+        precision=precision,
+        size=parse_size(size),
+        threads=threads,
+        device=device,
+        quick=quick,
+        known=known,
+    )
+    path, written = save("detection", records, path)
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in written])
+    elif written:
+        print_detectors(written)
+    note_end(path, written)
 
 
 def _find_known(suite: str, out: Path | None, resume: bool) -> tuple[Path, list[Record]]:

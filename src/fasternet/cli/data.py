@@ -1,12 +1,12 @@
-"""``fasternet data``: looks at a folder of pictures before a long run, and packs it into shards."""
+"""``fasternet data``: looks at pictures before a long run, packs them into shards, imports VOC and YOLO."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,18 +14,19 @@ from fasternet.cli._common import note, print_json, print_table, track
 
 if TYPE_CHECKING:
     from fasternet.data.check import Check
+    from fasternet.data.coco_check import CocoCheck
 
 MAX_CLASSES = 40  # that are printed one by one
 NUM_EXTREME = 10  # classes with the most and with the fewest pictures, where there are more
 NUM_EXAMPLES = 5  # findings of a kind, and
 NUM_ERRORS = 50  # of what training would trip over
 
-data = typer.Typer(help="Look at data sets, and pack them into shards.", no_args_is_help=True)
+data = typer.Typer(help="Look at data sets, pack them into shards, import VOC and YOLO.", no_args_is_help=True)
 
 
 @data.command("check")
 def check(
-    folder: Annotated[Path, typer.Argument(help="With train and val in it, or with a folder per class.")],
+    folder: Annotated[Path, typer.Argument(help="Of classes, with or without train and val; or in COCO's format.")],
     *,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="New folder for records and a page of thumbnails.")
@@ -36,10 +37,14 @@ def check(
     """Look at every picture: classes, sizes, what cannot be read, what is odd, what is there twice.
 
     Equal pictures are found by their pixels, whatever the format and metadata of their files. The exit status is 1
-    where training would trip over something: a picture that cannot be read, or a folder that it refuses.
+    where training would trip over something: a picture that cannot be read, or a folder that it refuses. For detection
+    name an annotation file in COCO's format, or a folder with such files: objects, masks and pictures are looked at.
 
     Example: fasternet data check flowers -o outputs/flowers-check
     """
+    if _is_coco(folder):
+        _check_coco(folder, output, num_workers=num_workers, json=json)
+        return
     from fasternet.data.check import check_data, save_check
 
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -94,6 +99,94 @@ def pack(
     typer.echo(str(packed.output))
 
 
+@data.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder in the layout of Pascal VOC or YOLO.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for COCO's layout.")],
+    format: Annotated[Literal["voc", "yolo"] | None, typer.Option(help="Default: what the folder looks like.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the pictures instead of linking them.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Only pictures whose objects all have masks.")] = False,
+) -> None:
+    """Turn Pascal VOC or YOLO, with boxes or masks, into the COCO format that detectors learn from.
+
+    The source stays as it is. What is left out or changed is counted and said.
+
+    Example: fasternet data import VOCdevkit/VOC2012 -o voc2012
+    """
+    from fasternet.data.importing import import_data
+
+    found = import_data(
+        source,
+        output,
+        format=format,
+        copy=copy,
+        masks=masks,
+        watch=lambda pictures, total: track(pictures, total, "reading annotations"),
+    )
+    for remark, files in found.notes.items():
+        _note_files(remark, files)
+    print_table(
+        ("split", "pictures", "objects", "with masks"),
+        [(split, values["pictures"], values["objects"], values["masks"]) for split, values in found.splits.items()],
+    )
+    typer.echo(f"{len(found.class_names):,} classes: {', '.join(found.class_names[:MAX_CLASSES])}")
+    typer.echo(str(found.output))
+
+
+def _note_files(remark: str, files: Sequence[str]) -> None:
+    more = [f"... and {len(files) - NUM_EXAMPLES:,} more"] if len(files) > NUM_EXAMPLES else []
+    note("\n  ".join([f"{remark}: {len(files):,}", *files[:NUM_EXAMPLES], *more]))
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether it is an annotation file, or a folder with some, rather than one of classes."""
+    if path.is_file():
+        return path.suffix.lower() == ".json"
+    if any(path.glob("annotations/*.json")) or any(path.glob("train/*.json")):
+        return True
+    return any(b'"annotations"' in file.read_bytes() for file in path.glob("*.json"))
+
+
+def _check_coco(path: Path, output: Path | None, *, num_workers: int, json: bool) -> None:
+    from fasternet.data.coco_check import check_coco
+
+    if output is not None:
+        raise ValueError(f"output {output}: a page is made of folders of classes; --json prints all of {path}")
+    found = check_coco(
+        path, num_workers=num_workers, watch=lambda pictures, total: track(pictures, total, "reading pictures")
+    )
+    if json:
+        print_json(found.values())
+    else:
+        _print_coco(found)
+    if found.errors:
+        raise typer.Exit(1)
+
+
+def _print_coco(found: CocoCheck) -> None:
+    splits: Mapping[str, dict[str, Any]] = found.values()["splits"]
+    columns = {
+        "num_images": "pictures",
+        "num_images_without_objects": "without objects",
+        "num_objects": "objects",
+        "num_crowds": "crowds",
+        "has_masks": "masks",
+    }
+    rows = [(name, *(values[key] for key in columns), *values["sizes"].values()) for name, values in splits.items()]
+    print_table(("split", *columns.values(), "small", "medium", "large"), rows)
+    if splits:
+        _print_classes({name: values["classes"] for name, values in splits.items()}, {})
+    for name, values in splits.items():
+        for remark, count in values["skipped"].items():
+            typer.echo(f"{name}: {remark}: {count:,}")
+        if values["grey"]:
+            typer.echo(f"{name}: grey pictures, which become RGB: {len(values['grey']):,}")
+    if found.errors:
+        print_table(("training would trip over",), [(error,) for error in found.errors[:NUM_ERRORS]])
+    typer.echo(f"{found.name}: training would trip over {len(found.errors):,} findings")
+
+
 @contextlib.contextmanager
 def _show_progress(description: str) -> Iterator[Callable[[int, int], object] | None]:
     """Give a function of the numbers done and in all that moves a bar; None where standard error is no terminal."""
@@ -127,7 +220,7 @@ def _print_tables(found: Check) -> None:
     )
 
 
-def _print_classes(splits: dict[str, dict[str, int]], imbalance: dict[str, float]) -> None:
+def _print_classes(splits: Mapping[str, Mapping[str, int]], imbalance: Mapping[str, float]) -> None:
     totals: dict[str, int] = {}
     for counts in splits.values():
         for name, count in counts.items():
@@ -139,5 +232,6 @@ def _print_classes(splits: dict[str, dict[str, int]], imbalance: dict[str, float
         typer.echo(f"the {NUM_EXTREME} largest and {NUM_EXTREME} smallest of {len(totals)} classes (--json lists all)")
     rows: list[tuple[object, ...]] = [(name, *(counts.get(name) for counts in splits.values())) for name in names]
     rows.append(("all classes", *(sum(counts.values()) for counts in splits.values())))
-    rows.append(("largest by smallest class", *(imbalance.get(split) for split in splits)))
+    if imbalance:
+        rows.append(("largest by smallest class", *(imbalance.get(split) for split in splits)))
     print_table(("class", *splits), rows)

@@ -69,9 +69,10 @@ def _check_extras() -> None:
 
 def _train(run: Path) -> float:
     """Train with the recipe for the digits and return the best checkpoint's top-1."""
-    from fasternet.cli.train import show_progress
+    from fasternet.cli._training import show_progress
     from fasternet.records import load_records
-    from fasternet.train.loop import Hooks, train
+    from fasternet.train.classification import train
+    from fasternet.train.loop import Hooks
     from fasternet.train.recipes import find_recipe
 
     with show_progress() as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from fasternet.cli._items import describe_items
 
 if TYPE_CHECKING:
     from fasternet.records import Record
+    from fasternet.train.table6 import Comparison
 
 reproduce = typer.Typer(help="Tables and figures of the paper.", no_args_is_help=True)
 
@@ -60,6 +61,24 @@ def list_(json: Json = False) -> None:
     print_table(("paper", "what", "command", "needs", "runs here", "state"), rows)
 
 
+@reproduce.command("table4")
+def table4(
+    size: Annotated[str, typer.Option(help="Height by width of the picture, multiples of 32.")] = "800x1280",
+    device: Device = "cpu",
+    quick: Quick = False,
+    records: Records = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Measure Mask R-CNN on the backbones of Table 4, part by part, in eager PyTorch; AP is quoted from the paper.
+
+    Example: fasternet reproduce table4 --quick --size 320x512
+    """
+    from fasternet.cli._detection import measure, parse_size
+
+    runs = [] if records else [("detection", measure(None, size=parse_size(size), device=device, quick=quick))]
+    _show_item("table4", runs, records, output)
+
+
 @reproduce.command("table6")
 def table6(json: Json = False) -> None:
     """Print the recipes beside Table 6; a cell that differs shows both values. Nothing is trained.
@@ -68,7 +87,21 @@ def table6(json: Json = False) -> None:
     """
     from fasternet.train.table6 import compare_with_table6
 
-    cells = compare_with_table6()
+    _show_recipes(compare_with_table6(), 6, "ImageNet", json)
+
+
+@reproduce.command("table7")
+def table7(json: Json = False) -> None:
+    """Print the recipes of detection beside Table 7; a cell that differs shows both values. Nothing is trained.
+
+    Example: fasternet reproduce table7
+    """
+    from fasternet.train.table7 import compare_with_table7
+
+    _show_recipes(compare_with_table7(), 7, "COCO", json)
+
+
+def _show_recipes(cells: Sequence[Comparison], number: int, data: str, json: bool) -> None:
     if json:
         print_json([dataclasses.asdict(cell) for cell in cells])
         return
@@ -78,9 +111,9 @@ def table6(json: Json = False) -> None:
         row = cells[start : start + len(variants)]
         values = [_show(c.ours) if c.ours == c.paper else f"{_show(c.ours)} (paper {_show(c.paper)})" for c in row]
         rows.append((row[0].setting.replace("_", " "), *values, row[0].source))
-    print_table(("setting", *variants, "source"), rows, title="Recipe 'paper' of each variant, beside Table 6")
+    print_table(("setting", *variants, "source"), rows, title=f"Recipe 'paper' of each variant, beside Table {number}")
     num_equal = sum(cell.ours == cell.paper for cell in cells)
-    print(f"{num_equal} of {len(cells)} cells equal the paper's; training on ImageNet has not been run here")
+    print(f"{num_equal} of {len(cells)} cells equal the paper's; training on {data} has not been run here")
 
 
 @reproduce.command("table8")

@@ -25,7 +25,7 @@ class ImageError(ValueError):
     """A picture cannot be used; the message is one sentence with its path and the reason."""
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, *, upright: bool = True) -> Image.Image:
     """Read a picture.
 
     The orientation of its EXIF data is applied, transparency is laid on white, 16-bit values (and float
@@ -33,6 +33,7 @@ def load_image(path: Path) -> Image.Image:
 
     Args:
         path: A file that Pillow can read, of at most 179 megapixels.
+        upright: Apply the orientation; off leaves the pixels as they are stored.
 
     Returns:
         A decoded picture of mode ``RGB``.
@@ -40,7 +41,7 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         ImageError: The file is missing, empty, truncated, too large or no picture.
     """
-    return _read(path, path)
+    return _read(path, path, upright=upright)
 
 
 def decode_image(content: bytes, name: Path | str) -> Image.Image:
@@ -93,15 +94,16 @@ def holds_image(folder: Path) -> bool:
     return next(_walk(folder), None) is not None
 
 
-def _read(source: Path | io.BytesIO, name: Path | str) -> Image.Image:
+def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) -> Image.Image:
     try:
         # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
-            with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
-                ImageOps.exif_transpose(image, in_place=True)
+            if upright:
+                with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
+                    ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     # Decoders fail on damaged files with whatever comes up: struct.error, IndexError, SyntaxError ...
     except Exception as error:

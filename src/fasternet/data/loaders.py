@@ -12,7 +12,8 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from fasternet.data.datasets import ImageDataset
 from fasternet.data.images import ImageError
 from fasternet.environment import describe_machine
 
+if TYPE_CHECKING:
+    from fasternet.data.coco_dataset import CocoDataset
+
 OnError = Callable[[ImageError], object]
+Merge = Callable[[list[Any]], Any]  # of a batch's pictures with their labels or targets
 MAX_ATTEMPTS = 16  # to find a picture in the place of one that cannot be read
 
 
@@ -31,7 +36,7 @@ class TrainingLoader:
     """Shuffled and augmented batches of one process, epoch by epoch; the processes that load live on between epochs.
 
     Args:
-        dataset: Pictures with a transform that makes tensors of equal shape.
+        dataset: Pictures with a transform that makes tensors of equal shape, or what ``merge`` takes.
         batch_size: Pictures of a step, over all processes.
         num_workers: Processes that load pictures, at most one per processor core; 0 loads in this one.
         seed: Decides order and augmentation, together with the epoch.
@@ -40,6 +45,7 @@ class TrainingLoader:
         accumulate: Parts of a step that each process takes.
         on_error: Called with the error of each picture that cannot be read; the next one takes its place. None: the
             first such picture raises its error.
+        merge: Makes a batch of its pictures; must be picklable.
 
     Attributes:
         num_steps: Steps of an epoch; a last one that is not full is left out, unless it is the only one.
@@ -50,7 +56,7 @@ class TrainingLoader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | CocoDataset,
         batch_size: int,
         *,
         num_workers: int = 0,
@@ -59,6 +65,7 @@ class TrainingLoader:
         world_size: int = 1,
         accumulate: int = 1,
         on_error: OnError | None = None,
+        merge: Merge = default_collate,
     ) -> None:
         self._num_images = len(dataset)
         self._dataset, self._seed = dataset, seed
@@ -72,7 +79,7 @@ class TrainingLoader:
         self._loader = DataLoader[Any](
             _SeededDataset(dataset, str(seed), skip=on_error is not None),
             batch_sampler=self._plan,
-            collate_fn=collate,
+            collate_fn=partial(collate, merge=merge),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -80,7 +87,7 @@ class TrainingLoader:
             worker_init_fn=obey_parent_alone,
         )
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
         """Yield this process's parts, (pictures (n, 3, S, S), labels (n,)), from step ``start`` of an epoch on."""
         order = self._shuffle(epoch)
         steps = range(start, self.num_steps)
@@ -107,27 +114,29 @@ class TrainingLoader:
 
 
 def create_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | CocoDataset,
     batch_size: int,
     *,
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
     on_error: OnError | None = None,
+    merge: Merge = default_collate,
 ) -> DataLoader[Any]:
     """Make a loader for evaluation: every ``world_size``-th picture from number ``rank`` on, in order.
 
     Args:
-        dataset: Pictures with a transform that makes tensors of equal shape.
+        dataset: Pictures with a transform that makes tensors of equal shape, or what ``merge`` takes.
         batch_size: Pictures per batch.
         num_workers: Processes that load pictures, at most one per processor core; 0 loads in this one.
         rank: Number of this process.
         world_size: How many processes share the pictures.
         on_error: Called with the error of each picture that cannot be read, which is then left out. None: the
             first such picture raises its error.
+        merge: Makes a batch of its pictures; must be picklable.
 
     Returns:
-        A loader of (pictures (N, 3, S, S), labels (N,)).
+        A loader of (pictures (N, 3, S, S), labels (N,)), or of what ``merge`` makes.
 
     Raises:
         ValueError: ``batch_size`` or ``num_workers`` is too small.
@@ -139,7 +148,7 @@ def create_loader(
         on_error,
         batch_size=batch_size,
         sampler=[(0, index) for index in range(rank, len(dataset), world_size)],
-        collate_fn=collate,
+        collate_fn=partial(collate, merge=merge),
         num_workers=min(num_workers, describe_machine().cores),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
@@ -220,11 +229,11 @@ def explain_dead_worker() -> Iterator[None]:
         ) from None
 
 
-def collate(samples: Sequence[Any]) -> tuple[Any, list[ImageError]]:
+def collate(samples: Sequence[Any], *, merge: Merge = default_collate) -> tuple[Any, list[ImageError]]:
     """Return the batch, or None where no picture is left, and the errors of those that could not be read."""
     errors = [error for _, found in samples for error in found]
     read = [sample for sample, _ in samples if sample is not None]
-    return default_collate(read) if read else None, errors
+    return merge(read) if read else None, errors
 
 
 @contextlib.contextmanager
@@ -252,7 +261,7 @@ class _SeededDataset(Dataset[Any]):
     An item is (sample, errors). With ``skip`` the next picture that can be read stands in for one that cannot.
     """
 
-    def __init__(self, dataset: ImageDataset, seed: str, *, skip: bool = False) -> None:
+    def __init__(self, dataset: ImageDataset | CocoDataset, seed: str, *, skip: bool = False) -> None:
         self.dataset, self.seed, self.skip = dataset, seed, skip
 
     def __getitem__(self, key: tuple[int, int]) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fasternet import native
 from fasternet.deploy.engines import ENGINES, explain_engine
-from fasternet.deploy.runtime import Runtime, create_runtime
+from fasternet.deploy.runtime import Runtime, check_output, create_runtime
 from fasternet.deploy.verify import measure_correlation
 from fasternet.environment import describe_machine, describe_software
 from fasternet.timing import Summary, measure, summarize
@@ -117,7 +117,7 @@ def choose_engine(
     what was remembered is checked anew. The environment is the caller's: nothing is pinned.
 
     Args:
-        model: Any network from pictures to logits; it is not modified.
+        model: Any network from pictures to logits, or to a list of feature maps; it is not modified.
         example: See ``create_runtime``.
         precision: See ``create_runtime``; engines without it are left out.
         threads: See ``create_runtime``; an engine that cannot have so many is left out.
@@ -140,7 +140,7 @@ def choose_engine(
     # Of tensors made in inference mode a compiled graph would be one for such tensors alone.
     with torch.inference_mode(False), torch.no_grad():
         x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.device)
-        expected = _run_oracle(model, x)
+        expected = _run_oracle(model, x)  # a list, of logits or of maps
 
         def prepare(name: str) -> _Ready:
             return _prepare(model, example, x, expected, engine=name, precision=precision, threads=threads)
@@ -157,39 +157,59 @@ def choose_engine(
     return choice
 
 
-def _run_oracle(model: nn.Module, x: Tensor) -> Tensor:
-    """Return what the network itself gives in eager fp32."""
+def _run_oracle(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return what the network itself gives in eager fp32: logits alone, or maps."""
     try:
-        expected = copy.deepcopy(model).to(x.device, torch.float32).eval()(x)
+        output = copy.deepcopy(model).to(x.device, torch.float32).eval()(x)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         text = str(error).partition("\n")[0]
         raise ValueError(f"the network does not run on pictures of the shape {tuple(x.shape)}: {text}") from error
-    if not isinstance(expected, Tensor):
-        raise ValueError(f"its output is no tensor of logits, but a {type(expected).__name__}")
-    if not expected.isfinite().all():
+    check_output(output)
+    expected = _to_list(output)
+    if not all(part.isfinite().all() for part in expected):
         raise ValueError("the network's outputs for random pictures are not finite: no engine can be checked")
-    return expected.cpu()
+    return expected
+
+
+def _to_list(output: Tensor | list[Tensor]) -> list[Tensor]:
+    return [part.cpu() for part in ([output] if isinstance(output, Tensor) else output)]
 
 
 def _prepare(
-    model: nn.Module, example: Tensor, x: Tensor, expected: Tensor, *, engine: str, precision: str, threads: int | None
+    model: nn.Module,
+    example: Tensor,
+    x: Tensor,
+    expected: list[Tensor],
+    *,
+    engine: str,
+    precision: str,
+    threads: int | None,
 ) -> _Ready:
     """Make an engine ready and check it."""
     begin = perf_counter()
     try:
         runtime = create_runtime(model, example, engine=engine, precision=precision, threads=threads)
         ready = perf_counter()
-        output = runtime(x).cpu()  # waits for a GPU
+        output = _to_list(runtime(x))  # waits for a GPU
         end = perf_counter()
     except Exception as error:  # other people's engines have many; what went wrong is shown
         text = (str(error) or type(error).__name__).partition("\n")[0]
         return _Ready(Trial(engine, text))
-    difference, fault = _compare(output, expected, precision)
+    difference, fault = _compare_all(output, expected, precision)
     return _Ready(Trial(engine, fault, ready - begin, difference), None if fault else runtime, end - ready)
 
 
+def _compare_all(
+    outputs: Sequence[Tensor], expected: Sequence[Tensor], precision: str
+) -> tuple[float | None, str | None]:
+    """Return the relative difference of the output that differs most, and what is wrong with it."""
+    if len(outputs) != len(expected):
+        return None, f"wrong: it has {len(outputs)} outputs instead of {len(expected)}"
+    found = [_compare(output, right, precision) for output, right in zip(outputs, expected, strict=True)]
+    return next((pair for pair in found if pair[1]), max(found, key=lambda pair: pair[0] or 0.0))
+
+
 def _compare(output: Tensor, expected: Tensor, precision: str) -> tuple[float | None, str | None]:
-    """Return the relative difference, and what is wrong with it."""
     if output.shape != expected.shape:
         return None, f"wrong: its output is {tuple(output.shape)} instead of {tuple(expected.shape)}"
     scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 NUM_CALIBRATION = 4  # random pictures; a whole batch where that is more
 _INPUT, _OUTPUT = "images", "logits"
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Tensor | list[Tensor]]
 
 
 def load(network: nn.Module, example: Tensor, engine: str, precision: str, threads: int) -> tuple[Run, float, int]:
@@ -50,12 +50,14 @@ def load(network: nn.Module, example: Tensor, engine: str, precision: str, threa
 
 
 def _export(network: nn.Module, example: Tensor, folder: Path) -> Path:
-    program = torch.onnx.export(
-        network, (example,), dynamo=True, verbose=False, input_names=[_INPUT], output_names=[_OUTPUT]
-    )
+    program = torch.onnx.export(network, (example,), dynamo=True, verbose=False, input_names=[_INPUT])
     assert program is not None
-    if len(program.model.graph.outputs) != 1:
-        raise ValueError(f"it has {len(program.model.graph.outputs)} outputs instead of one of logits")
+    assert program.exported_program is not None
+    form = program.exported_program.call_spec.out_spec
+    if not form.is_leaf() and not (form.type is list and all(child.is_leaf() for child in form.children())):
+        raise ValueError(f"its output is no tensor of logits and no list of feature maps, but a {form.type.__name__}")
+    for number, output in enumerate(program.model.graph.outputs):
+        output.name = _OUTPUT if form.is_leaf() else f"map{number}"
     program.save(folder / "network.onnx")
     return folder / "network.onnx"
 
@@ -101,8 +103,11 @@ def _start_onnxruntime(file: Path, precision: str, threads: int) -> Run:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {_INPUT: x.detach().numpy()})[0])
+    has_logits = session.get_outputs()[0].name == _OUTPUT
+
+    def run(x: Tensor) -> Tensor | list[Tensor]:
+        outputs = [torch.from_numpy(output) for output in session.run(None, {_INPUT: x.detach().numpy()})]
+        return outputs[0] if has_logits else outputs
 
     return run
 
@@ -137,8 +142,11 @@ def _start_openvino(file: Path, precision: str, threads: int) -> Run:
         if (found := compiled.get_property(name)) != wanted[name]:
             raise ValueError(f"OpenVINO took {name} {found} instead of {wanted[name]}")
 
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(x.detach().numpy(), share_inputs=True)[0])
+    has_logits = _OUTPUT in compiled.output(0).names
+
+    def run(x: Tensor) -> Tensor | list[Tensor]:
+        outputs = [torch.from_numpy(output) for output in compiled(x.detach().numpy(), share_inputs=True).values()]
+        return outputs[0] if has_logits else outputs
 
     return run
 

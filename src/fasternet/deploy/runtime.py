@@ -1,4 +1,4 @@
-"""Any network in any engine and precision behind one callable, from pictures (N, C, H, W) to logits (N, K)."""
+"""Any network in any engine and precision behind one callable, from pictures (N, C, H, W) to logits or feature maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from fasternet.deploy.optimize import from_timm, optimize_for_inference
 from fasternet.models.fasternet import FasterNet
 from fasternet.ops import PConv2d
 
+Output = Tensor | list[Tensor]
 _MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -49,18 +50,19 @@ class Runtime:
     load_s: float
     file_bytes: int | None
     reasons: Mapping[str, str]
-    _run: Callable[[Tensor], Tensor] = dataclasses.field(repr=False)
+    _run: Callable[[Tensor], Output] = dataclasses.field(repr=False)
     _buffer: Tensor = dataclasses.field(repr=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map pictures to logits.
+    def __call__(self, x: Tensor) -> Any:
+        """Map pictures to logits, or to the feature maps of a network that returns a list of them.
 
         Args:
             x: (N, C, H, W), float32, on the device and of the size of the example, in any memory format; N is at most
                 ``num_images``. Engines of a fixed batch compute fewer pictures at the cost of ``num_images``.
 
         Returns:
-            (N, K), float32, on the same device; memory of its own, which no later call overwrites.
+            (N, K), or a list of (N, C_i, H_i, W_i); float32, on the same device, in memory of its own, which no later
+            call overwrites.
 
         Raises:
             ValueError: ``x`` does not fit.
@@ -88,7 +90,7 @@ class Runtime:
             ):
                 buffer[:n] = x
                 x = buffer
-            return self._run(x)[:n]
+            return map_outputs(lambda output: output[:n], self._run(x))
 
 
 def create_runtime(
@@ -106,7 +108,7 @@ def create_runtime(
     re-parameterised where it can be, and has BN folded. The engine ``cpu`` runs a whole FasterNet, no other network.
 
     Args:
-        model: Any network from pictures to logits; it is not modified.
+        model: Any network from pictures to logits, or to a list of feature maps; it is not modified.
         example: (N, C, H, W), float32: the largest batch, and the size of the pictures; its device is the network's.
         engine: One of ``ENGINES``; one that cannot run is never replaced by another. ``"auto"`` asks for the fastest,
             see ``auto.choose_engine``: the runtime says which it is.
@@ -125,7 +127,7 @@ def create_runtime(
         ModuleNotFoundError: The engine's package is missing.
     """
     current = torch.get_num_threads()
-    _check_arguments(example, engine, precision, threads, memory_format)
+    check_arguments(example, engine, precision, threads, memory_format)
     if engine == "auto":
         from fasternet.deploy.auto import choose_engine
 
@@ -136,11 +138,11 @@ def create_runtime(
     # Of tensors made in inference mode a compiled graph would be one for such tensors alone.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), _build(engine, precision):
         example = example.detach().clone(memory_format=layout)
-        run: Callable[[Tensor], Tensor]
+        run: Callable[[Tensor], Output]
         if engine == "cpu":
             run, load_s, file_bytes, reasons = _load_engine_file(model, example, precision, threads or current)
         else:
-            network, reasons = _prepare(model, example, engine)
+            network, reasons = prepare_network(model, example, engine)
             if is_onnx:
                 run, load_s, file_bytes = onnx_file.load(network, example, engine, precision, threads or current)
             else:
@@ -150,9 +152,10 @@ def create_runtime(
     return Runtime(engine, precision, len(example), load_s, file_bytes, reasons, run, example)
 
 
-def _check_arguments(
-    example: Tensor, engine: str, precision: str, threads: int | None, memory_format: str | None
+def check_arguments(
+    example: Tensor, engine: str, precision: str, threads: int | None, memory_format: str | None = None
 ) -> None:
+    """Refuse, as ``create_runtime`` does, what cannot run here or does not fit."""
     if example.dim() != 4 or example.dtype != torch.float32 or not len(example):
         raise ValueError(f"example must be float32 (N, C, H, W), got {example.dtype} {tuple(example.shape)}")
     if memory_format is not None and memory_format not in _MEMORY_FORMATS:
@@ -171,7 +174,7 @@ def _check_arguments(
         raise ValueError(f"memory_format={memory_format} is for eager and compile: engine auto chooses its own")
 
 
-def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:
+def prepare_network(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module, dict[str, str]]:
     """Return a copy of a network in its fastest exact form for an engine, and why it is that."""
     from timm.models import reparameterize_model
     from timm.models.fasternet import FasterNet as TimmFasterNet
@@ -194,7 +197,7 @@ def _prepare(model: nn.Module, example: Tensor, engine: str) -> tuple[nn.Module,
     return fold_batch_norm(model, example).requires_grad_(False), reasons
 
 
-class _InPrecision(nn.Module):
+class InPrecision(nn.Module):
     """A network that computes in a precision and takes and gives float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
@@ -202,13 +205,19 @@ class _InPrecision(nn.Module):
         self.network = network.to(dtype)
         self.dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.network(x.to(self.dtype)).float())
+    def forward(self, x: Tensor) -> Output:
+        """Map pictures to logits or feature maps."""
+        return map_outputs(Tensor.float, self.network(x.to(self.dtype)))
+
+
+def map_outputs(function: Callable[[Tensor], Tensor], output: Output) -> Output:
+    """Apply a function to logits, or to each feature map."""
+    return function(output) if isinstance(output, Tensor) else [function(x) for x in output]
 
 
 def _load_engine_file(
     model: nn.Module, example: Tensor, precision: str, threads: int
-) -> tuple[Callable[[Tensor], Tensor], float, int, dict[str, str]]:
+) -> tuple[Callable[[Tensor], Output], float, int, dict[str, str]]:
     """Write a FasterNet into an engine file and load it; see ``onnx_file.load``. The last is why it computes so."""
     from timm.models.fasternet import FasterNet as TimmFasterNet
 
@@ -225,39 +234,43 @@ def _load_engine_file(
         module = CpuModule(CpuEngine.load(file), threads)
         output = module(example)
         load_s = time.perf_counter() - start
-    _check_logits(output)
-    return cast(Callable[[Tensor], Tensor], module.forward), load_s, num_bytes, dict(module.reasons)
+    check_output(output)
+    return module.forward, load_s, num_bytes, dict(module.reasons)
 
 
-def _check_logits(output: object) -> None:
-    if not isinstance(output, Tensor):
-        raise ValueError(f"its output is no tensor of logits, but a {type(output).__name__}")
+def check_output(output: object) -> None:
+    """Refuse what is neither logits nor a list of feature maps."""
+    is_list = isinstance(output, list) and all(isinstance(x, Tensor) for x in output)
+    if not is_list and not isinstance(output, Tensor):
+        raise ValueError(
+            f"its output is no tensor of logits and no list of feature maps, but a {type(output).__name__}"
+        )
 
 
 def _load_module(
     network: nn.Module, example: Tensor, engine: str, precision: str, layout: torch.memory_format
-) -> tuple[Callable[[Tensor], Tensor], float]:
+) -> tuple[Callable[[Tensor], Output], float]:
     """Return what runs a network in PyTorch, and the seconds until its first output."""
     is_fasternet = isinstance(network, FasterNet)
     if not (is_fasternet and engine == "eager"):  # that one has chosen
         network = network.to(memory_format=layout)
     if precision == "bf16":
-        network = _InPrecision(network, torch.bfloat16)
+        network = InPrecision(network, torch.bfloat16)
 
-    def run_eager(x: Tensor) -> Tensor:
-        return cast(Tensor, network(x if is_fasternet else x.contiguous(memory_format=layout)))
+    def run_eager(x: Tensor) -> Output:
+        return cast(Output, network(x if is_fasternet else x.contiguous(memory_format=layout)))
 
     start = time.perf_counter()
     run = run_eager if engine == "eager" else _compile(network, example)
     with torch.inference_mode():
         output = run(example)
-    _check_logits(output)
+    check_output(output)
     if example.is_cuda:
         torch.cuda.synchronize()
     return run, time.perf_counter() - start
 
 
-def _compile(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def _compile(network: nn.Module, example: Tensor) -> Callable[[Tensor], Output]:
     """Compile a network whole, its weights as constants, which lets the compiler lay them out for its kernels."""
     from torch._inductor import config
 
@@ -269,7 +282,7 @@ def _compile(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         compiled(example)
     if not example.is_cuda:
         return compiled
-    return lambda x: compiled(x).clone()  # CUDA graphs write every output into the same memory
+    return lambda x: map_outputs(Tensor.clone, compiled(x))  # CUDA graphs write every output into the same memory
 
 
 def _is_alike(x: Tensor, example: Tensor) -> bool:

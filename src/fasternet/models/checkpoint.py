@@ -155,6 +155,8 @@ def read_model_folder(path: Path) -> ModelFolder:
         raise ValueError(f"{path} holds a {document['fasternet']['name']}, which is no FasterNet")
     with explain_damage(path):
         config = dict(document["fasternet"]["config"])
+        if "kind" in config:
+            raise ValueError(f"{path} holds a {config['kind']}, which is a detector: `fasternet detect` reads it")
         config["depths"] = tuple(config["depths"])
         return ModelFolder(
             name=document["architecture"],
@@ -219,8 +221,16 @@ def read_facts(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.get("fasternet", {}).items() if key not in _OWN_KEYS}
 
 
-def write_model_folder(folder: Path, weights: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+def write_model_folder(
+    folder: Path, weights: Mapping[str, Tensor], document: Mapping[str, Any], *, card: str | None = None
+) -> None:
     """Write the files of a model folder; each is replaced only by a complete one.
+
+    Args:
+        folder: Created where it is absent.
+        weights: Contiguous tensors.
+        document: ``config.json``.
+        card: Model card; default: that of a classifier.
 
     Raises:
         ValueError: The document is no plain data.
@@ -234,7 +244,8 @@ def write_model_folder(folder: Path, weights: Mapping[str, Tensor], document: Ma
     content = safetensors.torch.save(dict(weights), metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(content))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(config, encoding="utf-8"))
-    write_atomically(folder / CARD_FILE, lambda path: path.write_text(write_card(document), encoding="utf-8"))
+    text = write_card(document) if card is None else card
+    write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from fasternet.models.features import FeatureInfo
 from fasternet.ops import PConv2d, count_partial_channels
 from fasternet.ops.pconv import Position
 
@@ -230,6 +231,7 @@ class FasterNet(nn.Module):
     Attributes:
         config: The configuration.
         out_indices: The argument.
+        feature_info: The same with timm's face, for the heads of others.
         feature_channels: Channels of the returned maps.
         feature_strides: Their strides.
     """
@@ -247,8 +249,9 @@ class FasterNet(nn.Module):
         )
         self.head = None if self.out_indices is not None else Head(config)
         indices = self.out_indices or ()
-        self.feature_channels = tuple(config.stage_channels[i] for i in indices)
-        self.feature_strides = tuple(4 * 2**i for i in indices)
+        self.feature_info = FeatureInfo(config.stage_channels, indices, normed=feature_norm)
+        self.feature_channels = tuple(self.feature_info.channels())
+        self.feature_strides = tuple(self.feature_info.reduction())
         self.feature_norms = nn.ModuleDict(
             {str(i): nn.BatchNorm2d(config.stage_channels[i]) for i in indices if feature_norm}
         )

@@ -58,7 +58,8 @@ def show_differences(sources: Sequence[Source], machines: Mapping[str, Machine])
 
 def show_costs(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
     """Make the table of counted costs."""
-    costs = newest(select(sources, "cost"), lambda r: (r.subject, str(r.condition.get("input_size")))).values()
+    found = [record for record in select(sources, "cost") if record.suite != "detection"]  # Table 4 shows those
+    costs = newest(found, lambda r: (r.subject, str(r.condition.get("input_size")))).values()
     if not costs:
         return []
     columns: list[Column[Record]] = [

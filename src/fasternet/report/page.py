@@ -14,6 +14,7 @@ from fasternet.report.appendix import show_costs, show_differences, show_environ
 from fasternet.report.architecture import show_figure4
 from fasternet.report.claims import show_claims
 from fasternet.report.data import show_data
+from fasternet.report.detection import show_table4
 from fasternet.report.engines import show_engines
 from fasternet.report.faults import show_faults
 from fasternet.report.figures import show_figure1, show_figure2, show_figure7, show_figure8
@@ -21,6 +22,7 @@ from fasternet.report.learning import show_learning
 from fasternet.report.markdown import to_markdown
 from fasternet.report.markup import Html, join, tag
 from fasternet.report.networks import show_networks
+from fasternet.report.objects import show_detectors
 from fasternet.report.operators import show_operators, show_table9_operators
 from fasternet.report.provenance import describe_dates, describe_machine, unique
 from fasternet.report.ratios import show_ratios
@@ -53,12 +55,13 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
     "Where FasterNet is not the fastest": (show_slower,),
     "Networks": (show_figure2, show_networks, show_figure7, show_figure8, show_sweeps),
     "The CPU engine": (show_engines,),
+    "Detection": (show_table4,),
     "Variants": (show_variants,),
     "Operators": (show_figure1, show_operators, show_rooflines),
     "Forms of PConv": (show_table9_operators, show_table9_networks),
     "Training speed": (show_training_speed, show_steps),
     "Ratios": (show_ratios,),
-    "Learning": (show_learning,),
+    "Learning": (show_learning, show_detectors),
     "Training": (show_training,),
     "Data": (show_data,),
     "Faults": (show_faults,),
@@ -69,6 +72,7 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
 ITEMS: dict[str, tuple[Show, ...]] = {
     "table1": (show_operators,),
     "table3": (show_networks,),
+    "table4": (show_table4,),
     "table5": (show_table5,),
     "table8": (show_table8,),
     "table9": (show_table9_operators, show_table9_networks),

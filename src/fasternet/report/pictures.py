@@ -15,7 +15,8 @@ MAX_PICTURES = 60
 
 def show_pictures(key: str, source: Source, machines: Mapping[str, Machine]) -> list[Html]:
     """Make the sheets of pictures that a run predicted."""
-    predictions = select([source], "prediction")
+    found = select([source], "prediction")
+    predictions = [record for record in found if "num_detections" not in record.values]  # those are drawings
     mistakes = [record for record in predictions if record.values.get("role") == "mistake"]
     others = [record for record in predictions if record.values.get("role") != "mistake"]
     content = []

@@ -15,7 +15,7 @@ from fasternet.report.sources import Source, comparable, newest, select
 
 PLOT_WIDTH, PLOT_HEIGHT = 132, 30  # CSS pixels
 MAX_OPEN_ROWS = 60
-DISTINGUISHING = ("baseline", "input_size", "channels", "height", "width")
+DISTINGUISHING = ("baseline", "part", "input_size", "channels", "height", "width")
 
 
 def is_control(ratio: Record) -> bool:

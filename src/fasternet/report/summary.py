@@ -10,6 +10,7 @@ from fasternet.report.claims import count_verdicts, list_claims
 from fasternet.report.compare import Timing, scaled
 from fasternet.report.learning import Learned, find_learned
 from fasternet.report.markup import Html, join, power_of_ten, tag
+from fasternet.report.objects import find_evaluation, read_ap, tell_pictures
 from fasternet.report.operators import compare_flops
 from fasternet.report.provenance import (
     count,
@@ -34,6 +35,7 @@ def show_summary(sources: Sequence[Source], machines: Mapping[str, Machine]) -> 
     told = {id(source) for row in learned for source in row.sources}
     facts = [*_tell_claims(sources, machines), *(_tell_learned(row) for row in learned)]
     facts += [fact for source in sources if id(source) not in told for fact in _tell_training(source)]
+    facts += [fact for source in sources for fact in _tell_detection(source)]
     facts += [*_tell_differences(sources), *_tell_flops(sources)]
     ranked: list[list[tuple[Record, Timing]]] = [[], [], []]
     for record, timing in list_ratios(sources):
@@ -76,6 +78,25 @@ def _tell_training(source: Source) -> list[Html]:
         ]
         facts.append(_fact(f"{top1:.1f} %", tag("strong", name), ", ".join(filter(None, told))))
     return facts
+
+
+def _tell_detection(source: Source) -> list[Html]:
+    """Tell the AP of a detector, of its masks first, on how many pictures, with its size and how long it trained."""
+    runs, passed = select([source], "run"), last_epochs(select([source], "epoch"))
+    best = max(filter(read_ap, passed), key=lambda record: read_ap(record)[0][1], default=None)
+    judged = find_evaluation(source) or best
+    if not judged or not (aps := read_ap(judged)):
+        return []
+    (name, ap), *others = aps
+    rest = "".join(f", {other} {value:.2f}" for other, value in others)
+    size = scaled(runs[-1], "num_params", 1e6) if runs else None
+    seconds = sum(number(record, "seconds") or 0 for record in passed)
+    told = [
+        f" {name}{rest}{f' on {pictures}' if (pictures := tell_pictures(judged)) else ''}",
+        f"{size:.2f} M parameters" if size else None,
+        f"trained for {count(len(passed), 'epoch')} in {_duration(seconds)}" if passed else None,
+    ]
+    return [_fact(f"{ap:.2f}", tag("strong", judged.subject), ", ".join(filter(None, told)))]
 
 
 def _tell_learned(row: Learned) -> Html:

@@ -26,7 +26,8 @@ from fasternet.rivals.network import is_fasternet, resolve_network
 from fasternet.train.distill import compute_distillation, create_teacher
 from fasternet.train.distributed import World
 from fasternet.train.evaluate import Evaluation, evaluate
-from fasternet.train.optim import freeze_stages
+from fasternet.train.loop import Hooks, train_task
+from fasternet.train.optim import freeze_stages, synchronize_batch_norm
 from fasternet.train.recipe import Recipe
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
@@ -186,6 +187,51 @@ class Classification(Task):
         return create_record("train", "prediction", subject, values=values, attachments={"picture": picture})
 
 
+def train(
+    model_name: str,
+    data: str,
+    output: Path,
+    *,
+    recipe: Recipe,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    model_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    hooks: Hooks | None = None,
+) -> Path:
+    """Train a network to classify pictures; see ``train_task`` for what else is said, returned and raised.
+
+    Args:
+        model_name: One of ``list_models()``, or another network that ``rivals.create_network`` knows.
+        data: See ``create_datasets``.
+        output: The run folder.
+        recipe: How to train.
+        resume: Go on with the run in ``output``.
+        checkpoint: Weights to start from: a model folder, a run folder or a weights file; the classifier is fresh where
+            they have another number of classes.
+        pretrained: Start from the published weights instead.
+        model_options: Further arguments of ``create_network``.
+        device: Where to compute.
+        hooks: What the run tells and asks while it goes on.
+    """
+
+    def create(recipe: Recipe, target: torch.device, world: World, fresh: bool) -> Classification:
+        return create_classification(
+            model_name,
+            data,
+            recipe=recipe,
+            model_options=model_options or {},
+            device=target,
+            world=world,
+            checkpoint=checkpoint if fresh else None,
+            pretrained=pretrained and fresh,
+        )
+
+    begins_with = checkpoint or pretrained
+    return train_task(create, output, recipe=recipe, resume=resume, begins_with=begins_with, device=device, hooks=hooks)
+
+
 def create_classification(
     model_name: str,
     data: str,
@@ -249,11 +295,7 @@ def _create_model(
     freeze_stages(model, recipe.freeze)
     if recipe.grad_checkpointing:
         _checkpoint_gradients(model, name)
-    if recipe.batch_norm == "sync":
-        if not torch.cuda.is_available():
-            raise ValueError("recipe field batch_norm=sync needs GPUs; on a CPU take train or frozen")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    return model
+    return synchronize_batch_norm(model) if recipe.batch_norm == "sync" else model
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:

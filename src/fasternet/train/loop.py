@@ -9,18 +9,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasternet.data.loaders import explain_dead_worker
-from fasternet.train.classification import create_classification
 from fasternet.train.device import select_device, select_precision
 from fasternet.train.distributed import World, broadcast, gather, join_world, sum_over
-from fasternet.train.optim import compute_lr, set_lr, set_training
-from fasternet.train.recipe import Recipe
+from fasternet.train.optim import set_lr, set_training
+from fasternet.train.recipe import BaseRecipe
 from fasternet.train.run import (
     Run,
     Say,
@@ -43,6 +42,9 @@ GPU_READ_STEPS = 10  # losses are read in groups, as each reading makes a GPU wa
 NUM_NAMES = 8  # of pictures in a message
 ROLLBACK_FACTOR = 0.5
 EVALUATION_RISK = 0.1  # share of the time between two states that may be lost by a kill during evaluation
+
+
+R = TypeVar("R", bound=BaseRecipe)
 
 
 class NotFiniteError(ValueError):
@@ -91,31 +93,25 @@ class Hooks:
     watchers: Sequence[str] = ()
 
 
-def train(
-    model_name: str,
-    data: str,
+def train_task(
+    create: Callable[[R, torch.device, World, bool], Task],
     output: Path,
     *,
-    recipe: Recipe,
+    recipe: R,
     resume: bool = False,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    model_options: Mapping[str, Any] | None = None,
+    begins_with: object = None,
     device: str | None = None,
     hooks: Hooks | None = None,
 ) -> Path:
-    """Train a network to classify pictures; under ``torchrun``, with all its processes.
+    """Train any task; under ``torchrun``, with all its processes.
 
     Args:
-        model_name: One of ``list_models()``, or another network that ``rivals.create_network`` knows.
-        data: See ``create_datasets``.
+        create: Makes the task from the recipe with its precision chosen, the device, the processes, and whether the run
+            begins anew: one that goes on brings its own weights.
         output: The run folder; without ``resume`` it has to be new or empty. All processes have to see it.
         recipe: How to train.
         resume: Go on with the run in ``output``. On a CPU it ends bitwise as if it had never stopped.
-        checkpoint: Weights to start from: a model folder, a run folder or a weights file; the classifier is fresh where
-            they have another number of classes.
-        pretrained: Start from the published weights instead.
-        model_options: Further arguments of ``create_network``.
+        begins_with: The weights that the run begins with, if any: a run that goes on takes none.
         device: ``cpu``, ``cuda`` ..., by default CUDA where there is a device.
         hooks: What the run tells and asks while it goes on.
 
@@ -130,7 +126,7 @@ def train(
         OSError: The run folder cannot be written (its last checkpoint is intact), or a loader's process died.
     """
     check_watchers(hooks.watchers if hooks else ())
-    if resume and (checkpoint or pretrained):
+    if resume and begins_with:
         raise ValueError("resume goes on from the run's own state: leave checkpoint and pretrained out")
     target = select_device(device)
     recipe = dataclasses.replace(recipe, precision=select_precision(recipe.precision, target))
@@ -139,17 +135,7 @@ def train(
         restarted = any(gather(world, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
         # Nobody begins before the folder has been looked at.
         resume = broadcast(world, world.is_main and check_output(output, resume=resume, restarted=restarted))
-        task = create_classification(
-            model_name,
-            data,
-            recipe=recipe,
-            model_options=model_options or {},
-            device=target,
-            world=world,
-            checkpoint=None if resume else checkpoint,
-            pretrained=pretrained and not resume,
-        )
-        fit(task, output, recipe=recipe, resume=resume, hooks=hooks)
+        fit(create(recipe, target, world, not resume), output, recipe=recipe, resume=resume, hooks=hooks)
     return output
 
 
@@ -174,7 +160,7 @@ def check_output(output: Path, *, resume: bool, restarted: bool = False) -> bool
     return False
 
 
-def describe_plan(recipe: Recipe, world: World, num_steps: int) -> str:
+def describe_plan(recipe: BaseRecipe, world: World, num_steps: int) -> str:
     """Return what a recipe comes to: the batch, the rate, the epochs."""
     parts = world.size * recipe.accumulate
     cut = f" = {world.size} processes x {recipe.accumulate} parts x {recipe.batch_size // parts}" if parts > 1 else ""
@@ -186,7 +172,7 @@ def describe_plan(recipe: Recipe, world: World, num_steps: int) -> str:
     )
 
 
-def fit(task: Task, output: Path, *, recipe: Recipe, resume: bool = False, hooks: Hooks | None = None) -> None:
+def fit(task: Task, output: Path, *, recipe: BaseRecipe, resume: bool = False, hooks: Hooks | None = None) -> None:
     """Train to the end of the recipe, from the start or from the last state; see ``train``."""
     hooks = hooks if hooks and task.world.is_main else Hooks(stop=hooks.stop if hooks else Hooks.stop)
     hooks.say(describe_plan(recipe, task.world, task.num_steps))
@@ -237,7 +223,7 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
     losses: list[Tensor] = []
     num_images, speed, lr = 0, 0.0, 0.0
     for step in range(run.step, task.num_steps):
-        lr = run.lr_factor * compute_lr(recipe, run.epoch, step / task.num_steps)
+        lr = run.lr_factor * recipe.compute_lr(run.epoch, step / task.num_steps, task.num_steps)
         set_lr(run.optimizer, lr)
         loss, images = _take_step(run, step, parts)
         losses.append(loss)
@@ -251,7 +237,8 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
         if stopped or now - saved > 60 * hooks.save_minutes:
             _save_within_epoch(run, stopped)
             saved = now
-    lr = lr or run.lr_factor * compute_lr(recipe, run.epoch, 1 - 1 / task.num_steps)  # resumed after the last step
+    if not lr:  # resumed after the last step
+        lr = run.lr_factor * recipe.compute_lr(run.epoch, 1 - 1 / task.num_steps, task.num_steps)
     values: dict[str, Any] = {"train_loss": run.loss_sum / task.num_steps, "lr": lr, "images_per_second": speed}
     if run.unreadable:
         values["unreadable"] = list(run.unreadable)
@@ -378,7 +365,7 @@ def _keep_gradients(model: nn.Module, keep: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-def autocast(task: Task, recipe: Recipe) -> torch.autocast:
+def autocast(task: Task, recipe: BaseRecipe) -> torch.autocast:
     """Return the context in which the recipe's precision holds."""
     dtype = torch.float16 if recipe.precision == "fp16" else torch.bfloat16
     return torch.autocast(task.device.type, dtype, enabled=recipe.precision != "fp32")

@@ -23,7 +23,7 @@ from fasternet.environment import create_record, describe_machine
 from fasternet.records import Record, append_records, load_records, save_machine
 from fasternet.train.distributed import World, broadcast
 from fasternet.train.optim import create_optimizer
-from fasternet.train.recipe import Recipe, save_recipe
+from fasternet.train.recipe import BaseRecipe, save_recipe
 from fasternet.train.state import load_last_state, save_state
 from fasternet.train.task import Task
 
@@ -55,7 +55,7 @@ class Run:
     """
 
     task: Task
-    recipe: Recipe
+    recipe: BaseRecipe
     output: Path
     model: nn.Module
     average: ModelEmaV3 | None
@@ -83,7 +83,7 @@ class Run:
 _COUNTERS = ("epoch", "step", "loss_sum", "best", "lr_factor", "num_rollbacks", "unreadable")
 
 
-def create_run(task: Task, recipe: Recipe, output: Path) -> Run:
+def create_run(task: Task, recipe: BaseRecipe, output: Path) -> Run:
     """Prepare a run that has not begun."""
     average = None
     if recipe.ema_decay is not None:

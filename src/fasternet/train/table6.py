@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from fasternet.models.fasternet import VARIANTS, FasterNetConfig
 from fasternet.paper import load_table
-from fasternet.train.optim import BETAS, compute_lr
+from fasternet.train.optim import BETAS
 from fasternet.train.recipe import Recipe
 from fasternet.train.recipes import PAPER_RECIPES
 
@@ -34,11 +34,12 @@ def compare_with_table6() -> list[Comparison]:
         for name, recipe in PAPER_RECIPES.items():
             variant = name.removeprefix("fasternet_").upper()
             ours = _SETTINGS[row["setting"]](recipe, VARIANTS[name])
-            cells.append(Comparison(row["setting"], variant, row["source"], _read(row[variant]), ours))
+            cells.append(Comparison(row["setting"], variant, row["source"], read_cell(row[variant]), ours))
     return cells
 
 
-def _read(text: str) -> Cell:
+def read_cell(text: str) -> Cell:
+    """Return a cell of a table as a number, or as it is."""
     try:
         return float(text)
     except ValueError:
@@ -68,13 +69,13 @@ _SETTINGS: Mapping[str, Callable[[Recipe, FasterNetConfig], Cell]] = {
     "optimizer": lambda r, _: "AdamW",
     "beta1": lambda r, _: BETAS[0],
     "beta2": lambda r, _: BETAS[1],
-    "lr": lambda r, _: compute_lr(r, r.warmup_epochs - 1),
+    "lr": lambda r, _: r.compute_lr(r.warmup_epochs - 1),
     "lr_decay": lambda r, _: "cosine",
     "min_lr": lambda r, _: r.min_lr,
     "weight_decay": lambda r, _: r.weight_decay,
     "warmup_epochs": lambda r, _: r.warmup_epochs,
     "warmup_schedule": lambda r, _: "linear",
-    "warmup_start_lr": lambda r, _: compute_lr(r, 0),
+    "warmup_start_lr": lambda r, _: r.compute_lr(0),
     "label_smoothing": lambda r, _: r.label_smoothing,
     "dropout": lambda r, config: config.drop_rate,
     "stochastic_depth": lambda r, _: r.drop_path_rate,
