@@ -239,7 +239,7 @@ def test_layer_scale_counts_in_the_check() -> None:
         ]
         assert small
         with torch.no_grad():
-            prepare._randomize_layer_scale(network)
+            prepare.randomize_layer_scale(network)
         state = network.state_dict()
         assert all(float(state[key].min()) >= 0.5 for key in small)
 

@@ -71,6 +71,22 @@ def test_engine_computes_the_detectors_function(engine):
     assert {"engine", "block"} & set(fast.reasons)
 
 
+def test_norms_of_neck_and_heads_are_folded():
+    detector = create(head_norm="bn")
+    norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.2, 0.2)
+    fast = optimize_detector(detector)
+    check_alike(fast, detector, draw_pictures(), 1e-5)
+    assert len(norms) == 8 + len([m for m in detector.backbone.body.modules() if isinstance(m, nn.BatchNorm2d)]) + 4
+    assert not [module for module in fast.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert "folded" in fast.reasons["head_norm"]
+
+
 @pytest.mark.parametrize("backbone", ["ResNet50", pytest.param("PVT-Small", marks=pytest.mark.slow)])
 def test_rivals_are_folded(backbone):
     detector = create(backbone)

@@ -55,7 +55,7 @@ def test_options_reach_the_network():
         (
             "ResNet50",
             {"checkpoint_path": "x"},
-            r"^checkpoint_path is for FasterNet's backbones, and ResNet50 was asked",
+            r"is for a FasterNet, and the backbone ResNet50 was asked",
         ),
         ("PVT-Small", {"pretrained": True}, r"^PVT-Small cannot be built: there are no pretrained weights"),
     ],

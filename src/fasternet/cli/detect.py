@@ -59,7 +59,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Short for --set precision=auto, or fp32.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of the backbone to start from: a model or run folder, or a file.")
+        Path | None, typer.Option(help="Weights to start from, the backbone's or a whole detector's: a folder or file.")
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published ImageNet weights.")] = False,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, of a FasterNet.")] = None,
@@ -242,7 +242,7 @@ def predict(
     if json:
         print_json({**dataclasses.asdict(done), "document": str(done.document)})
     else:
-        note(f"{done.num_detections:,} objects found in {done.num_images:,} pictures")
+        note(f"{done.num_detections:,} objects found in {done.num_images:,} pictures by this call")
         print(output)
     if done.errors:
         raise typer.Exit(1)
@@ -283,6 +283,11 @@ def export(
         raise ValueError(f"full_masks and picture are for FILE.onnx, and output is {output}")
     elif output.suffix in MMDET_SUFFIXES:
         save_mmdet(output, loaded.detector)
+        config = loaded.detector.config
+        note(
+            f"such a file keeps weights alone: read it with min_size={config.min_size}, max_size={config.max_size} "
+            f"and antialias={config.antialias}"
+        )
     elif output.suffix:
         raise ValueError(
             f"output {output} must end in .onnx, {', '.join(MMDET_SUFFIXES)}, or be a folder without a dot"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from fasternet.detection.detector import Detector, DetectorConfig, build_detector
+from fasternet.detection.detector import Detector, DetectorConfig, Kind, build_detector
 from fasternet.models import convert
 from fasternet.models.checkpoint import (
     CONFIG_FILE,
@@ -20,6 +20,8 @@ from fasternet.models.checkpoint import (
     write_model_folder,
 )
 from fasternet.rivals.network import load_state
+
+OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,45 @@ def load_detector(path: Path | str) -> DetectorCheckpoint:
     )
 
 
+def load_weights(model: Detector, path: Path) -> list[str]:
+    """Start a detector from another one; where the number of classes differs, what tells classes stays fresh.
+
+    Args:
+        model: The detector to fill.
+        path: A model or run folder of a detector, or a published file.
+
+    Returns:
+        The names of what stays fresh.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: It does not fit.
+    """
+    from fasternet.detection.mmdet import load_mmdet
+
+    state = (load_detector(path).model if path.is_dir() else load_mmdet(path)).state_dict()
+    own = model.state_dict()
+    fresh = [
+        name for name in own if name.startswith(OF_CLASSES) and name in state and state[name].shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in state]
+    wrong = [name for name in own if name in state and name not in fresh and state[name].shape != own[name].shape]
+    extra = [name for name in state if name not in own]
+    for problem, names in (("missing", missing), ("of another shape", wrong), ("not known", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{path} does not fit the detector: {problem}: {', '.join(names[:3])}{more}")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in fresh}, strict=False)
+    return fresh
+
+
+def is_detector(path: Path) -> bool:
+    """Whether weights are those of a whole detector: a model or run folder, or a published file."""
+    if path.is_dir():
+        return read_config(path)[1].get("architecture") in get_args(Kind)
+    return any(key.startswith("roi_head.") for key in convert.read_state(path))
+
+
 def _write_card(config: DetectorConfig, own: Mapping[str, Any]) -> str:
     """Return the model card: what the hub shows of a model, and sorts it by."""
     task = "image-segmentation" if config.kind == "mask_rcnn" else "object-detection"
@@ -118,6 +159,6 @@ def _write_card(config: DetectorConfig, own: Mapping[str, Any]) -> str:
         f"A detector of {config.num_classes} classes for pictures with a shorter side of {config.min_size} pixels."
     ]
     lines += [f"{key} = {value:.4g}" for key, value in own.get("metrics", {}).items() if isinstance(value, int | float)]
-    lines += ["", "```sh", "fasternet detect predict picture.jpg --checkpoint FOLDER", "```", ""]
+    lines += ["", "```sh", "fasternet detect predict picture.jpg --checkpoint FOLDER -o found", "```", ""]
     lines += ["`config.json` holds the names of the classes, the configuration and the recipe of the training."]
     return "\n".join(lines) + "\n"

@@ -28,8 +28,10 @@ from fasternet.rivals.backbone import create_backbone
 from fasternet.train.optim import freeze_stages, keep_frozen
 
 Kind = Literal["mask_rcnn", "faster_rcnn"]
+HeadNorm = Literal["none", "bn"]
 BOX_SIZE, MASK_SIZE = 7, 14  # sides of what the heads see of a region
 MASK_LAYERS = 4
+NORM_LAYERS: Mapping[HeadNorm, type[nn.Module] | None] = {"none": None, "bn": nn.BatchNorm2d}
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 # Appendix B, Table 7: stochastic depth of the variants that were published.
@@ -50,6 +52,8 @@ class DetectorConfig:
         fpn_channels: Channels of the pyramid.
         box_head_width: Hidden width of the box head.
         mask_head_channels: Channels of the mask head.
+        head_norm: ``bn`` puts a BN behind each convolution of the pyramid and of the mask head, which learn faster from
+            scratch so; the published detectors have none.
         score_threshold: Detections below it are dropped.
         nms_threshold: Of two detections of a class that overlap more than this, the weaker is dropped.
         detections_per_image: At most.
@@ -65,14 +69,16 @@ class DetectorConfig:
     fpn_channels: int = 256
     box_head_width: int = 1024
     mask_head_channels: int = 256
+    head_norm: HeadNorm = "none"
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
     backbone_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
+        for name, choices in (("kind", Kind), ("head_norm", HeadNorm)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         for name in (
             "num_classes",
             "min_size",
@@ -101,11 +107,11 @@ class PyramidBackbone(nn.Module):
         out_channels: Channels of every level.
     """
 
-    def __init__(self, body: nn.Module, out_channels: int) -> None:
+    def __init__(self, body: nn.Module, out_channels: int, head_norm: HeadNorm = "none") -> None:
         super().__init__()
         self.body = body
         channels = [*cast(tuple[int, ...], body.feature_channels)]
-        self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool(), NORM_LAYERS[head_norm])
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -128,7 +134,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
     """
 
     def __init__(self, config: DetectorConfig, body: nn.Module) -> None:
-        backbone = PyramidBackbone(body, config.fpn_channels)
+        backbone = PyramidBackbone(body, config.fpn_channels, config.head_norm)
         rpn = _create_rpn(config)
         super().__init__(backbone, rpn, _create_heads(config), _create_transform(config))
         self.config = config
@@ -257,7 +263,9 @@ def _create_heads(config: DetectorConfig) -> Heads:
         width = config.mask_head_channels
         masks = {
             "mask_roi_pool": RegionAlign(MASK_SIZE),
-            "mask_head": MaskRCNNHeads(config.fpn_channels, [width] * MASK_LAYERS, dilation=1),
+            "mask_head": MaskRCNNHeads(
+                config.fpn_channels, [width] * MASK_LAYERS, dilation=1, norm_layer=NORM_LAYERS[config.head_norm]
+            ),
             "mask_predictor": MaskRCNNPredictor(width, width, num_outputs),
         }
     heads = Heads(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fasternet.deploy.cpu_engine import check_threads
 from fasternet.deploy.runtime import prepare_network
 from fasternet.detection.detector import MASK_SIZE, Detector, DetectorConfig, PyramidBackbone
-from fasternet.detection.optimize import fold_feature_norms
+from fasternet.detection.optimize import fold_norms
 from fasternet.detection.transform import DetectorTransform
 from fasternet.models.checkpoint import write_atomically
 
@@ -235,7 +235,7 @@ def _write(reference: Detector, file: Path, picture: Tensor, opset: int, metadat
 
     detector = copy.deepcopy(reference).requires_grad_(False)
     backbone = cast(PyramidBackbone, detector.backbone)
-    fold_feature_norms(backbone)
+    fold_norms(detector)
     backbone.body, _ = prepare_network(backbone.body, torch.zeros(1, 3, 64, 64), "onnxruntime")
     detector.transform.__class__ = _TracedTransform
     outputs = ["boxes", "labels", "scores", *(["masks"] if detector.config.kind == "mask_rcnn" else [])]

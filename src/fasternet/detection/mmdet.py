@@ -43,10 +43,12 @@ def to_mmdet(model: Detector) -> dict[str, Tensor]:
     """Return a detector's tensors under mmdet's names, contiguous.
 
     Raises:
-        ValueError: Its backbone is no FasterNet.
+        ValueError: Its backbone is no FasterNet, or its head has BN.
     """
     if not isinstance(model.backbone.body, FasterNet):
         raise ValueError(f"mmdet's format is known for FasterNet's backbones, and this is a {model.config.backbone}")
+    if model.config.head_norm != "none":
+        raise ValueError(f"the published detectors have no BN in neck and heads, head_norm={model.config.head_norm}")
     return {_rename(key): _export(_rename(key), tensor) for key, tensor in model.state_dict().items()}
 
 

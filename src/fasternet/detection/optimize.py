@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import Conv2dNormActivation
 
 from fasternet.data.boxes import fit_size
 from fasternet.deploy import choose_engine, optimize_for_inference
@@ -103,7 +105,7 @@ def optimize_detector(
             "precision int8 is calibrated on random pictures, for speed only: a detector takes fp32 or bf16"
         )
     check_arguments(torch.zeros(1, 3, 64, 64, device=device), engine, precision, threads)
-    reasons = fold_feature_norms(backbone)
+    reasons = fold_norms(optimized)
     if engine == "auto":
         example = torch.zeros(1, 3, *_find_padded_size(detector, size), device=device)
         choice = choose_engine(backbone.body, example, precision=precision, threads=threads)
@@ -116,8 +118,25 @@ def optimize_detector(
     return optimized
 
 
+def fold_norms(detector: Detector) -> dict[str, str]:
+    """Fold the BN of neck and mask head, then that of a FasterNet's maps, into convolutions, in place.
+
+    Returns:
+        Why, by what was folded.
+    """
+    reasons = {}
+    backbone = cast(PyramidBackbone, detector.backbone)
+    if detector.config.head_norm == "bn":
+        for layer in [*backbone.fpn.modules(), *(detector.roi_heads.mask_head or nn.Identity()).modules()]:
+            if isinstance(layer, Conv2dNormActivation):
+                layer[0] = fuse_conv_bn_eval(cast(Any, layer[0]), cast(Any, layer[1]))
+                del layer[1]
+        reasons["head_norm"] = "the BN of neck and mask head is folded into the convolution before it"
+    return reasons | _fold_feature_norms(backbone)
+
+
 @torch.no_grad()
-def fold_feature_norms(backbone: PyramidBackbone) -> dict[str, str]:
+def _fold_feature_norms(backbone: PyramidBackbone) -> dict[str, str]:
     """Fold the BN on each map of a FasterNet into the lateral convolution that reads it, in place and in float64.
 
     Returns:

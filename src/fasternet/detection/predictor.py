@@ -93,6 +93,11 @@ class Detections(Sequence[Detection]):
         score = float(self.found["scores"][index])
         return Detection(label, self.class_names[label], score, (x0, y0, x1, y1), mask, (top, left))
 
+    def resize(self, height: int, width: int) -> Detections:
+        """Return the same of the picture in another size."""
+        found = {**self.found, "boxes": resize_boxes(self.found["boxes"], self.size, (height, width))}
+        return Detections(found, (height, width), self.class_names)
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectionPrediction:

@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fasternet.data.coco import CocoData, find_coco, load_coco, split_coco
+from fasternet.data.coco import CocoData, CocoImage, find_coco, load_coco, split_coco
 from fasternet.data.coco_dataset import CocoDataset, DetectionTransform, merge_pictures
 from fasternet.data.images import ImageError, load_image
 from fasternet.data.loaders import TrainingLoader
-from fasternet.detection.checkpoint import load_detector, save_detector
+from fasternet.detection.checkpoint import is_detector, load_detector, load_weights, save_detector
 from fasternet.detection.detector import Detector, Kind, create_detector
 from fasternet.detection.draw import draw_detections
 from fasternet.detection.evaluate import DetectionEvaluation, evaluate_detector
@@ -27,6 +27,7 @@ from fasternet.train.detection_recipe import DetectionRecipe
 from fasternet.train.distributed import World
 from fasternet.train.loop import Hooks, train_task
 from fasternet.train.optim import find_trunk, synchronize_batch_norm
+from fasternet.train.run import Say
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
 
@@ -125,12 +126,16 @@ class DetectionTask(Task):
         for number, found in enumerate(lot):
             image = load_image(found.path)
             detections = predictor.predict_image(image, score_threshold=SUMMARY_THRESHOLD)
-            drawing = draw_detections(image, detections)
-            drawing.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+            image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))  # first, so that what is written on it can be read
+            drawing = draw_detections(image, detections.resize(image.height, image.width))
             picture = f"pictures/{number:02}.jpg"
             drawing.save(output / picture, quality=90)
-            values = {"role": "lot", "num_detections": len(detections), "num_objects": len(found.instances)}
-            yield create_record("train", "prediction", found.path.name, values=values, attachments={"picture": picture})
+            values = {"role": "lot", "num_detections": len(detections), "num_objects": count_objects(found)}
+            condition = {"score_threshold": SUMMARY_THRESHOLD}
+            attachments = {"picture": picture}
+            yield create_record(
+                "train", "prediction", found.path.name, condition=condition, values=values, attachments=attachments
+            )
 
 
 def train_detector(
@@ -156,8 +161,8 @@ def train_detector(
         recipe: How to train.
         kind: ``"mask_rcnn"`` or ``"faster_rcnn"``; None: masks where the data have them.
         resume: Go on with the run in ``output``.
-        checkpoint: Weights to start from: a detector's model or run folder (its heads stay fresh where the classes
-            differ in number), or the backbone's in any form.
+        checkpoint: Weights to start from: a detector's model or run folder or published file (what tells classes stays
+            fresh where their number differs), or the backbone's in any form.
         pretrained: Start from the backbone's published weights instead.
         backbone_options: Further arguments of ``create_backbone``: ``width`` ...
         device: Where to compute.
@@ -197,18 +202,19 @@ def create_detection(
 ) -> DetectionTask:
     """Open the pictures and make the detector; see ``train_detector`` for the arguments."""
     training, validation = load_split(data, recipe.validation_share, recipe.seed, masks=kind != "faster_rcnn")
-    for found in (training, validation) if world.is_main else ():
+    say: Say = hooks.say if world.is_main else lambda _: None
+    for found in (training, validation):
         for reason, count in found.skipped.items():
-            hooks.say(f"{found.source}: {count} {reason}")
+            say(f"{found.source}: {count} {reason}")
     for found, part in ((training, "train on"), (validation, "validate on")):
-        if not any(not instance.crowd for image in found.images for instance in image.instances):
+        if not any(map(count_objects, found.images)):
             raise ValueError(f"{found.source} has no objects to {part} in its {len(found)} pictures")
     has_masks = training.has_masks and validation.has_masks
     if kind == "mask_rcnn" and not has_masks:
         raise ValueError(f"kind=mask_rcnn needs masks, and {data} has boxes alone: take faster_rcnn")
     kind = kind or ("mask_rcnn" if has_masks else "faster_rcnn")
     model = _create_model(
-        backbone, recipe, kind, len(training.class_names), checkpoint, pretrained, backbone_options
+        backbone, recipe, kind, len(training.class_names), checkpoint, pretrained, backbone_options, say
     ).to(device)
     unreadable: list[ImageError] = []
     loader = TrainingLoader(
@@ -249,6 +255,11 @@ def create_detection(
         validation=validation,
         loader=loader,
     )
+
+
+def count_objects(image: CocoImage) -> int:
+    """Return the objects of a picture; crowds are none."""
+    return sum(not instance.crowd for instance in image.instances)
 
 
 def load_split(data: str, share: float, seed: int, *, masks: bool = True) -> tuple[CocoData, CocoData]:
@@ -301,6 +312,7 @@ def _create_transform(recipe: DetectionRecipe) -> DetectionTransform:
         vertical_flip=recipe.vertical_flip,
         multi_scale=recipe.multi_scale,
         scale_jitter=recipe.scale_jitter,
+        antialias=recipe.antialias,
     )
 
 
@@ -312,14 +324,16 @@ def _create_model(
     checkpoint: Path | None,
     pretrained: bool,
     backbone_options: Mapping[str, Any],
+    say: Say,
 ) -> Detector:
     seed_everything(recipe.seed)
+    whole = checkpoint is not None and is_detector(checkpoint)
     model = create_detector(
         kind,
         backbone,
         num_classes=num_classes,
         pretrained_backbone=pretrained,
-        backbone_checkpoint=checkpoint,
+        backbone_checkpoint=None if whole else checkpoint,
         feature_norm=recipe.feature_norm if is_fasternet(backbone) else None,
         drop_path_rate=recipe.drop_path_rate,
         freeze_stages=recipe.freeze,
@@ -330,7 +344,11 @@ def _create_model(
         fpn_channels=recipe.fpn_channels,
         box_head_width=recipe.box_head_width,
         mask_head_channels=recipe.mask_head_channels,
+        head_norm=recipe.head_norm,
+        antialias=recipe.antialias,
     )
+    if whole and (fresh := load_weights(model, cast(Path, checkpoint))):
+        say(f"{checkpoint} has other classes: {', '.join(fresh)} start fresh")
     model.roi_heads.fg_bg_sampler.batch_size_per_image = recipe.regions_per_image
     if recipe.grad_checkpointing:
         trunk = find_trunk(model)

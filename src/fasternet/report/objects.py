@@ -22,7 +22,6 @@ FIGURES = {
 }
 DETECTORS = {"mask_rcnn": "Mask R-CNN", "faster_rcnn": "Faster R-CNN"}
 SPLITS = ("validation", "training")
-SCORE = 0.5  # of the detections that training draws
 MAX_OPEN_CLASSES = 20
 MIN_PICTURES = 100  # fewer give rough figures
 EXPLAINED = (
@@ -193,7 +192,7 @@ def _show_drawings(key: str, source: Source, records: Sequence[Record], machines
     title = f"What was found on {count(len(records), 'picture')}: {count(found, 'detection')}, {there:,} annotated"
     note = (
         "Validation pictures, drawn by lot, as the best checkpoint sees them. Found are all detections with a score of "
-        f"at least {SCORE:g}, right or wrong; annotated is what people marked."
+        f"at least {records[0].condition.get('score_threshold')}, right or wrong; annotated is what people marked."
     )
     sheet = tag("ul", *(_drawing(source, record) for record in records), class_="pictures drawings")
     return figure(key, title, sheet, note, provenance(records, machines))
@@ -202,7 +201,7 @@ def _show_drawings(key: str, source: Source, records: Sequence[Record], machines
 def _drawing(source: Source, record: Record) -> Html:
     found, there = (number(record, name) for name in ("num_detections", "num_objects"))
     uri = source.load_picture(path) if (path := record.attachments.get("picture")) else None
-    told = f"{found:,.0f} found at score {SCORE:g}" if found is not None else "–"
+    told = f"{found:,.0f} found at score {record.condition.get('score_threshold')}" if found is not None else "–"
     marked = f"{there:,.0f} annotated" if there is not None else None
     alt = ", ".join(filter(None, (f"{record.subject}: {told}", marked)))
     picture = tag("img", src=uri, alt=alt) if uri else tag("div", "no picture", class_="missing")

@@ -42,7 +42,7 @@ def create_backbone(
         return create_model(name, pretrained=pretrained, checkpoint_path=checkpoint_path, features_only=True, **options)
     rival = resolve_network(name)
     if checkpoint_path is not None:
-        raise ValueError(f"checkpoint_path is for FasterNet's backbones, and {name} was asked for")
+        raise ValueError(f"checkpoint {checkpoint_path} is for a FasterNet, and the backbone {name} was asked for")
     if rival.source != "timm" and rival.builder not in pvt.DEPTHS:
         raise ValueError(f"{name} cannot be a backbone: it returns no maps")
     options["features_only"] = True
