@@ -1,5 +1,6 @@
 """``bench detection`` and ``reproduce table4``: real detectors composed, small; then what is printed and kept."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from fasternet.benchmark import detection
 from fasternet.benchmark.detection import PARTS
-from fasternet.cli._detection import compose_methods, parse_size
+from fasternet.cli._detection import compose_methods, parse_size, print_detectors
 from fasternet.cli.bench import bench
 from fasternet.cli.reproduce import reproduce
 from fasternet.detection import detector as detectors
@@ -61,6 +62,17 @@ def test_parts_are_printed_with_the_ratio_beside_the_papers(asked: list[dict[str
     assert line[:6] == ["ResNet50", "200", "201", "202", "203", "204"]
     assert line[6:8] == ["1.564", "2.5"]  # 54.9 over 35.1 ms
     assert line[8:] == ["2.000", "to", "3.000", "FasterNet-S"]
+    title = " ".join(result.stdout.split())
+    assert title.startswith("Mask R-CNN, part by part, 800x1280, cpu, eager fp32, 1 thread; ratios of the whole")
+    assert "paper v1: its GPU latencies" in title
+
+
+def test_paper_is_not_quoted_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [dataclasses.replace(r, condition={**r.condition, "height": 320, "width": 512}) for r in make_records()]
+    print_detectors(records)
+    printed = capsys.readouterr().out
+    assert "320x512" in printed
+    assert "1.564" not in printed
 
 
 def test_records_are_kept_printed_and_resumed(asked: list[dict[str, Any]]) -> None:
@@ -107,13 +119,16 @@ def test_real_detectors_pass_their_check_and_are_timed(monkeypatch: pytest.Monke
     monkeypatch.setattr(detectors, "create_mask_rcnn", create_narrow)
     monkeypatch.setattr(detection, "NUM_QUICK_BLOCKS", 1)
     path = tmp_path / "mine.jsonl"
-    networks = "FasterNet-T0,mobilenetv4_conv_small"
+    networks = "FasterNet-T0:split_cat,FasterNet-T0,mobilenetv4_conv_small"
     run(bench, "detection", "--networks", networks, "--size", "32x64", "--quick", "--out", str(path))
     records = load_records(path)
     assert not [record.values for record in records if "error" in record.values]
     assert {(r.subject, r.condition["part"]) for r in records if r.kind == "latency"} == {
         (name, part) for name in networks.split(",") for part in PARTS
     }
+    compared = {(r.subject, r.condition["baseline"]) for r in records if r.kind == "ratio"}
+    assert {baseline for _, baseline in compared} == {"FasterNet-T0"}
+    assert ("FasterNet-T0:split_cat", "FasterNet-T0") in compared
     (macs,) = {r.values["part_macs"]["box_head"] for r in records if r.kind == "cost"}
     assert macs == 1000 * (49 * 8 * 16 + 16 * (16 + 5 * 81))
     assert check_records(path) == []

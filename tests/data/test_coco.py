@@ -10,11 +10,11 @@ from PIL import Image
 
 from fasternet.data.coco import decode_mask, find_coco, load_coco, split_coco, to_document
 from fasternet.data.coco_objects import (
+    BOX_FOR_CROWD,
     CLIPPED,
     EMPTY_BOX,
     EMPTY_MASK,
     NEGATIVE,
-    NO_MASK,
     NO_POLYGON,
     OUTSIDE,
     SHORT_POLYGON,
@@ -109,6 +109,9 @@ REFUSED = {
     "picture no object": (edit("images/0", 3), "a picture is 3; it must be an object with an id"),
     "picture without file_name": (edit("images/0/file_name", ...), "picture 7 has no file_name"),
     "picture without name": (edit("images/0/file_name", " "), "picture 7 has file_name ' '; it must be a text"),
+    "picture elsewhere": (edit("images/0/file_name", "/etc/b.png"), "picture 7 has file_name '/etc/b.png'; it must b"),
+    "picture above": (edit("images/0/file_name", "x\\..\\..\\b.png"), "picture 7 has file_name 'x/../../b.png'; it m"),
+    "picture NUL": (edit("images/0/file_name", "a\0.png"), "picture 7 has file_name 'a\\x00.png'; it must be a path"),
     "picture without height": (edit("images/0/height", ...), "picture 7 has no height"),
     "picture of no size": (edit("images/0/width", 0), "picture 7 has 0x8 pixels; both sides must be at least 1"),
     "picture of text size": (edit("images/0/width", "10"), "picture 7 has width '10'; it must be a whole number"),
@@ -168,8 +171,9 @@ REFUSED = {
 def test_a_file_that_cannot_be_trusted_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
     change, expected = REFUSED[name]
     document = copy.deepcopy(create_document())
-    change(document)
     path = write(tmp_path, document)
+    change(document)
+    path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"^annotation file ") as caught:
         load_coco(path)
     message = str(caught.value)
@@ -208,9 +212,6 @@ COUNTED = {
     "two points of one part": ({"segmentation": [[1, 1, 2, 2], *SQUARE]}, (1, 1, 9, 7), {SHORT_POLYGON: 1}),
     "a line": ({"segmentation": [[1, 1, 2, 2, 3, 3]]}, None, {EMPTY_MASK: 1}),
     "runs of nothing": ({"segmentation": {"size": [8, 10], "counts": [80]}}, None, {EMPTY_MASK: 1}),
-    "no mask": ({"segmentation": []}, None, {NO_MASK: 1}),
-    "mask null": ({"segmentation": None}, None, {NO_MASK: 1}),
-    "mask of nothing": ({"segmentation": [[]]}, None, {NO_MASK: 1}),
 }
 
 
@@ -223,6 +224,30 @@ def test_a_useless_object_is_left_out_and_counted(name: str, tmp_path: Path) -> 
     assert data.skipped == counts
     assert [i.box for i in data.images[0].instances if i.id == 5] == ([] if box is None else [box])
     assert [i.id for i in data.images[0].instances if i.id != 5] == [0, 6]
+
+
+@pytest.mark.parametrize("mask", [[], None, [[]]])
+def test_a_picture_with_an_object_without_a_mask_is_left_out(mask, tmp_path: Path) -> None:
+    document = create_document()
+    document["annotations"][1]["segmentation"] = mask
+    document["annotations"].append({"id": 7, "image_id": 0, "category_id": 0, "bbox": [2, 1, 4, 4]})
+    document["images"].append({"id": 8, "file_name": "c.png", "width": 10, "height": 8})
+    data = load_coco(write(tmp_path, document))
+    assert (data.has_masks, data.names) == (True, ("c.png",))
+    assert data.skipped == {"pictures left out, as 2 objects in them have no mask": 2}
+    del document["images"][2]
+    with pytest.raises(ValueError, match=r"each picture has objects without a mask, 2 in all: only boxes can be lea"):
+        load_coco(write(tmp_path, document))
+    assert len(load_coco(tmp_path / "file.json", masks=False)) == 2
+
+
+def test_a_crowd_without_a_mask_stays_with_that_of_its_box(tmp_path: Path) -> None:
+    document = create_document()
+    del document["annotations"][2]["segmentation"]
+    data = load_coco(write(tmp_path, document))
+    assert (len(data), data.skipped) == (2, {BOX_FOR_CROWD: 1})
+    crowd = to_document(data)["annotations"][2]
+    assert (crowd["iscrowd"], crowd["segmentation"]) == (1, [[0, 0, 2, 0, 2, 8, 0, 8]])
 
 
 def test_without_masks_the_boxes_of_all_objects_are_read(tmp_path: Path) -> None:
@@ -301,6 +326,12 @@ def test_annotation_files_are_found(files: list[str], expected: int, tmp_path: P
     assert find_coco(found[0]) == (found[0], None)
 
 
+def test_what_macos_puts_beside_files_is_passed_over(tmp_path: Path) -> None:
+    for file in ("train/._a.json", "train/a.json", "val/._a.json", "val/a.json"):
+        write(tmp_path, {}, file)
+    assert find_coco(tmp_path) == (tmp_path / "train/a.json", tmp_path / "val/a.json")
+
+
 @pytest.mark.parametrize(
     "files", [["a.json", "b.json"], ["train1.json", "train2.json"], ["train/a.json", "train/b.json"]]
 )
@@ -361,7 +392,7 @@ def test_masks_of_every_form_are_drawn() -> None:
 def test_a_missing_extra_is_one_sentence(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval.core", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"^masks need faster-coco-eval: pip install 'fasternet\[detection\]'$"
+        ModuleNotFoundError, match=r"masks and scores need faster-coco-eval: pip install 'fasternet\[detection\]'$"
     ):
         decode_mask(SQUARE, 8, 10)
 

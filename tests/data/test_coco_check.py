@@ -63,6 +63,7 @@ def test_every_object_is_counted_and_every_picture_opened(num_workers: int, tmp_
                 "unreadable": [unreadable],
                 "wrong_size": [wrong_size],
                 "grey": ["1.png"],
+                "ambiguous": [],
             }
         },
         "errors": ["picture 3.png is missing", unreadable, wrong_size],
@@ -84,6 +85,28 @@ def test_splits_must_agree_on_categories_and_share_no_picture(tmp_path: Path) ->
         .errors[-1]
         .startswith("5 validation pictures are training pictures too, the first is ")
     )
+    create_folder(tmp_path / "linked", "train")
+    create_folder(tmp_path / "linked", "val", first=10)
+    (tmp_path / "linked" / "val" / "11.png").unlink()
+    (tmp_path / "linked" / "val" / "11.png").hardlink_to(tmp_path / "linked" / "train" / "1.png")
+    shared = f"1 validation pictures are training pictures too, the first is {tmp_path}/linked/val/11.png"
+    assert check_coco(tmp_path / "linked").errors[-1] == shared
+
+
+def test_pictures_that_exif_data_turn_unseen_are_counted(tmp_path: Path) -> None:
+    sizes = {1: (200, 150), 2: (200, 150), 3: (200, 150), 6: (200, 150), 7: (150, 150)}
+    images = []
+    for orientation, (width, height) in sizes.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (width, height), "grey").save(tmp_path / f"{orientation}.jpg", exif=exif)
+        images.append({"id": orientation, "file_name": f"{orientation}.jpg", "width": width, "height": height})
+    document = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    found = check_coco(tmp_path)
+    assert found.splits["train"].ambiguous == ("2.jpg", "3.jpg", "7.jpg")
+    assert len(found.splits["train"].grey) == 5
+    assert found.errors == ()
 
 
 def test_a_refused_file_is_an_error_beside_what_can_be_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import dataclasses
 import os
 import pickle
 import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fasternet.data.boxes import fit_size
-from fasternet.data.coco import CocoData, CocoImage, Instance, find_coco, load_coco
+from fasternet.data.coco import CocoData, CocoImage, Instance, decode_mask, find_coco, load_coco
 from fasternet.data.coco_dataset import CocoDataset, DetectionTransform, ImageSizeError, crop, flip, merge_pictures
 from fasternet.data.images import ImageError
 from fasternet.data.loaders import TrainingLoader, create_loader
@@ -108,11 +110,28 @@ def test_the_annotated_size_tells_whether_a_turned_picture_is_meant(annotated, e
 def test_a_picture_that_is_missing_or_of_another_size_is_an_image_error(tmp_path: Path) -> None:
     data = create_data(tmp_path)
     Image.new("RGB", (16, 24)).save(tmp_path / "0.png")  # sides exchanged, and no EXIF data
-    with pytest.raises(ImageSizeError, match=r"0\.png has 16x24 pixels, its annotation says 24x16$"):
+    name = f"{tmp_path.name}/0.png"  # no absolute path: records keep the sentence
+    with pytest.raises(ImageSizeError, match=f"^picture {name} has 16x24 pixels, its annotation says 24x16$"):
         CocoDataset(data)[0]
     (tmp_path / "0.png").unlink()
-    with pytest.raises(ImageError, match=r"0\.png: there is no such file$"):
+    with pytest.raises(ImageError, match=f"^cannot read {name}: there is no such file$"):
         CocoDataset(data)[0]
+
+
+def test_masks_of_a_picture_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[weakref.ref] = []
+
+    def watch(*arguments):
+        mask = decode_mask(*arguments)
+        assert sum(one() is not None for one in drawn) <= 1
+        drawn.append(weakref.ref(mask))
+        return mask
+
+    data = create_data(tmp_path)
+    image = dataclasses.replace(data.images[0], instances=data.images[0].instances[:2] * 3)
+    monkeypatch.setattr("fasternet.data.coco_dataset.decode_mask", watch)
+    assert CocoDataset(dataclasses.replace(data, images=(image,)))[0][1]["masks"].shape == (6, 16, 24)
+    assert len(drawn) == 6
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
@@ -176,8 +195,12 @@ def test_a_crop_drops_what_is_outside_and_cuts_boxes_to_their_masks() -> None:
 
 def test_jitter_and_multi_scale_draw_sizes_within_their_ranges(tmp_path: Path) -> None:
     sample = CocoDataset(create_data(tmp_path))[0]
-    sizes = {DetectionTransform(16, 60, multi_scale=(16, 32))(*sample)[0].shape[1:] for _ in range(200)}
-    assert sizes == {fit_size(16, 24, side, 60) for side in range(16, 33)}
+    for min_size in (16, 20):
+        transform = DetectionTransform(min_size, 60, multi_scale=(0.75, 1.5))
+        sizes = {transform(*sample)[0].shape[1:] for _ in range(200)}
+        assert sizes == {fit_size(16, 24, side, 60) for side in range(min_size * 3 // 4, min_size * 3 // 2 + 1)}
+    sizes = {DetectionTransform(16, 30, multi_scale=(1.5, 2))(*sample)[0].shape[1:] for _ in range(9)}
+    assert sizes == {(20, 30)}
     sides = set()
     for _ in range(50):
         image, target = DetectionTransform(32, 48, scale_jitter=(0.5, 2.0))(*sample)
@@ -190,8 +213,9 @@ def test_jitter_and_multi_scale_draw_sizes_within_their_ranges(tmp_path: Path) -
             rows, columns = torch.where(mask)
             around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             assert (around - box).abs().max() <= 1
-            inside = image[:, rows, columns].mean() * 255
-            assert inside == pytest.approx(50 + 50 * int(label), abs=25)
+            if min(mask.any(0).sum(), mask.any(1).sum()) >= 5:  # a strip at the border is mixed with its surroundings
+                inside = image[:, rows, columns].mean() * 255
+                assert inside == pytest.approx(50 + 50 * int(label), abs=25)
     assert len(sides) > 15
 
 
@@ -200,9 +224,9 @@ def test_jitter_and_multi_scale_draw_sizes_within_their_ranges(tmp_path: Path) -
     [
         ({"min_size": 0}, "min_size=0 must be from 1 to max_size=100"),
         ({"min_size": 101}, "min_size=101 must be from 1 to max_size=100"),
-        ({"multi_scale": (60, 50)}, r"multi_scale=\(60, 50\) must rise, from 1 to max_size=100"),
+        ({"multi_scale": (2, 0.5)}, r"multi_scale=\(2, 0.5\) must be factors above 0 that rise"),
         ({"scale_jitter": (0, 2)}, r"scale_jitter=\(0, 2\) must be factors above 0 that rise"),
-        ({"multi_scale": (40, 50), "scale_jitter": (1, 2)}, "multi_scale and scale_jitter both draw the size"),
+        ({"multi_scale": (1, 2), "scale_jitter": (1, 2)}, "multi_scale and scale_jitter both draw the size"),
     ],
 )
 def test_impossible_sizes_are_refused(options, sentence) -> None:
@@ -233,7 +257,9 @@ def test_evaluation_gives_each_picture_once_and_an_unreadable_one_is_reported(tm
     errors: list[ImageError] = []
     loader = create_loader(dataset, 2, on_error=errors.append, merge=merge_pictures)
     assert [target["image_id"] for _, targets in loader for target in targets] == [40, 41, 43, 44]
-    assert [str(error) for error in errors] == [f"cannot read {tmp_path}/2.png: it is no picture of a known format"]
+    assert [str(error) for error in errors] == [
+        f"cannot read {tmp_path.name}/2.png: it is no picture of a known format"
+    ]
 
 
 @pytest.mark.parametrize("name", ["coco128", "fruits_nuts"])

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from fasternet.data import importing
+from fasternet.data import voc as voc_format
+from fasternet.data import yolo as yolo_format
 from fasternet.data.coco import find_coco, load_coco
 from fasternet.data.importing import import_data
 
@@ -163,6 +165,7 @@ def test_voc_pictures_without_masks_are_said_or_left_out(voc, tmp_path):
     found = import_data(voc, tmp_path / "all")
     assert found.splits["train"] == {"pictures": 3, "objects": 9, "masks": 6}
     assert found.notes == {importing.NO_MASK: ["1.jpg"] * 3}
+    assert load_coco(found.output / "annotations" / "instances_train.json").names == ("0.jpg", "2.jpg")
     found = import_data(voc, tmp_path / "masked", masks=True)
     assert found.splits["train"] == {"pictures": 2, "objects": 6, "masks": 6}
     assert found.notes == {importing.MASKLESS: ["1.jpg"]}
@@ -196,7 +199,9 @@ def test_voc_without_lists_is_all_for_training_and_the_trainval_list_is_taken(vo
         "train": 4
     }
     (lists / "trainval.txt").write_text("1  1\n3 -1\n")
-    assert list(read_splits(import_data(voc, tmp_path / "b").output)["train"]) == ["1.jpg", "3.jpg"]
+    found = import_data(voc, tmp_path / "b")
+    assert list(read_splits(found.output)["train"]) == ["1.jpg", "3.jpg"]
+    assert found.notes == {voc_format.UNLISTED: ["0.jpg", "2.jpg"]}
 
 
 def test_picture_in_both_splits_is_said(voc, tmp_path):
@@ -296,6 +301,7 @@ def test_yolo_folders_stand_in_several_ways(yolo, tmp_path, moves, splits):
     for old, new in moves.items():
         (yolo / new).parent.mkdir(exist_ok=True)
         (yolo / old).rename(yolo / new)
+    (yolo / "data.yaml").write_text("names: [ant, bee, cow]\ntrain:\n")
     found = import_data(yolo, tmp_path / "coco")
     assert list(found.splits) == splits
     assert (found.splits["train"]["pictures"], found.splits["train"]["objects"]) == (3, 9)
@@ -306,6 +312,34 @@ def test_yolo_validation_in_the_training_folder_is_left_out(yolo, tmp_path):
     found = import_data(yolo, tmp_path / "coco")
     assert list(found.splits) == ["train"]
     assert list(found.notes.values()) == [["images/train"]]
+
+
+def test_yolo_folders_that_data_yaml_names_are_taken_or_refused(yolo, tmp_path):
+    def name(text):
+        (yolo / "data.yaml").write_text(f"{text}\nnames: [ant, bee, cow]\n")
+
+    (yolo / "images" / "train").rename(yolo / "images" / "most")
+    (yolo / "labels" / "train").rename(yolo / "labels" / "most")
+    for number, value in enumerate(("../images/most", "./images/most", yolo / "images" / "most")):
+        name(f"train: {value}\nval: images/val")
+        assert list(import_data(yolo, tmp_path / str(number)).splits) == ["train", "val"]
+    refused = ("train: [images/most]", "train: most.txt", f"train: {tmp_path}", "train: ../../x", "train: images/gone")
+    for text in (*refused, "train: images/most\nval: ../valid/images"):
+        name(text)
+        with pytest.raises(ValueError, match=r"data.yaml: (train|val) is .*, which is no folder in .*: name one"):
+            import_data(yolo, tmp_path / "coco")
+
+
+def test_yolo_test_folder_is_noted(yolo, tmp_path):
+    save_picture(yolo / "images" / "test" / "9.png", (9, 9))
+    assert import_data(yolo, tmp_path / "coco").notes == {yolo_format.TEST_SPLIT: ["images/test"]}
+
+
+def test_huge_mask_is_one_sentence(voc, tmp_path):
+    (voc / "SegmentationObject").mkdir()
+    (voc / "SegmentationObject" / "0.png").write_bytes(b"P5 100000 100000 255\n")  # Pillow's error is of its own kind
+    with pytest.raises(ValueError, match=r"instance mask .*0.png cannot be read: Image size \(10000000000 pixels\)"):
+        import_data(voc, tmp_path / "coco")
 
 
 def test_pictures_are_linked_or_copied(yolo, tmp_path, monkeypatch):
@@ -405,6 +439,7 @@ def test_broken_voc_is_one_sentence(voc, tmp_path, file, content, sentence):
         ("data.yaml", "names: [[a], b]", "data.yaml: names must be a list of texts"),
         ("data.yaml", "names: [a", "data.yaml is no YAML"),
         ("data.yaml", "- a", "data.yaml must hold names"),
+        ("data.yaml", "names: [ant, bee, cow]\nkpt_shape: [17, 3]", "data.yaml is of poses, as its kpt_shape says"),
         ("data.yaml", "nc: 3", "no class names in .*: looked for names in data.yaml, and for classes.txt"),
     ],
 )

@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 
-from fasternet.detection.checkpoint import load_detector, save_detector
+from fasternet.detection.checkpoint import OF_CLASSES, is_detector, load_detector, load_weights, save_detector
 from fasternet.detection.detector import create_detector, create_faster_rcnn, create_mask_rcnn
+from fasternet.detection.mmdet import save_mmdet
+from fasternet.detection.optimize import optimize_detector
 from fasternet.models import create_model, load_checkpoint, save_checkpoint
 from fasternet.rivals import create_network, load_network, save_network
 
@@ -85,6 +87,8 @@ def test_what_does_not_belong_to_the_detector_is_refused_before_anything_is_writ
     for argument, values in (("class_names", NAMES[:2]), ("category_ids", (1, 2, 3, 4))):
         with pytest.raises(ValueError, match=rf"^{argument} has {len(values)} entries for 3 classes$"):
             save_detector(tmp_path / "new", detector, **{argument: values})
+    with pytest.raises(ValueError, match="an optimised detector cannot be saved"):
+        save_detector(tmp_path / "new", optimize_detector(detector))
     with pytest.raises(ValueError, match="facts must be plain data"):
         save_detector(tmp_path / "new", detector, facts={"loss": float("nan")})
     assert not (tmp_path / "new").exists()
@@ -156,3 +160,80 @@ def test_damaged_folders_are_one_sentence(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"is no model folder: it holds no model.safetensors$"):
         load_detector(folder)
+
+
+def create_other(num_classes=3, kind="mask_rcnn", backbone="fasternet_t0", **fields):
+    return create_detector(kind, backbone, num_classes=num_classes, **{**SMALL, **fields})
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "names", "told"),
+    [
+        (3, NAMES, None),
+        (3, None, None),
+        (3, ("ant", "fly", "cat"), "has the class 'bee' where the data have 'fly'"),
+        (5, ("a", "b", "c", "d", "e"), "has 3 classes and the data 5"),
+    ],
+)
+def test_layers_that_tell_classes_start_fresh_where_classes_differ(detector, folder, num_classes, names, told) -> None:
+    model = create_other(num_classes)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert load_weights(model, folder, names) == (told and f"{folder} {told}: the layers that tell classes start fresh")
+    now, theirs = model.state_dict(), detector.state_dict()
+    for key, tensor in now.items():
+        wanted = before if told and key.startswith(OF_CLASSES) else theirs
+        assert torch.equal(tensor, wanted[key]), key
+
+
+def test_run_folders_and_published_files_are_whole_detectors(detector, folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "best")
+    save_mmdet(tmp_path / "file.pth", detector)
+    for path in (folder, tmp_path / "run", tmp_path / "file.pth"):
+        assert is_detector(path)
+        model = create_other()
+        assert load_weights(model, path, NAMES) is None
+        theirs = detector.state_dict()
+        differing = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, theirs[key])]
+        # A published file has neither box nor mask of the background.
+        assert all(key.startswith(OF_CLASSES) and path.suffix for key in differing)
+    assert "file.pth has 3 classes and the data 4" in load_weights(create_other(4), tmp_path / "file.pth", None)
+    backbone = create_model("fasternet_t0", width=8, head_width=16, num_classes=3)
+    save_checkpoint(tmp_path / "classifier", backbone, name="fasternet_t0")
+    torch.save(backbone.state_dict(), tmp_path / "classifier.pth")
+    assert not any(is_detector(tmp_path / name) for name in ("classifier", "classifier.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"fpn_channels": 16, "head_norm": "bn"},
+            "has fpn_channels=8, head_norm=none, and the recipe has not: add --set fpn_channels=8 --set head_norm=none",
+        ),
+        ({"feature_norm": False}, "has feature_norm=true, and the recipe has not: add --set feature_norm=true"),
+        ({"mask_head_channels": 4, "box_head_width": 8}, "add --set box_head_width=16 --set mask_head_channels=8"),
+        ({"kind": "faster_rcnn"}, "is a mask_rcnn, and a faster_rcnn is to be trained: take kind=mask_rcnn"),
+        ({"backbone_options": {"width": 16, "depths": (1, 1, 1, 1)}}, "has a backbone with width=8: give it the same"),
+        ({"backbone": "ResNet50", "backbone_options": {}}, "ResNet50"),
+    ],
+)
+@pytest.mark.parametrize("form", ["folder", "file.pth"])
+def test_other_detectors_are_refused_with_what_would_fit(detector, folder, tmp_path, form, change, message) -> None:
+    save_mmdet(tmp_path / "file.pth", detector)
+    model = create_other(**change)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path / form))) as caught:
+        load_weights(model, tmp_path / form, NAMES)
+    assert "\n" not in str(caught.value)
+    assert "roi_heads" not in str(caught.value)
+    assert message in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_another_published_variant_is_named(tmp_path) -> None:
+    other = create_other(backbone="fasternet_t1", backbone_options={})
+    save_mmdet(tmp_path / "file.pth", other)
+    save_detector(tmp_path / "folder", other)
+    for name in ("file.pth", "folder"):
+        with pytest.raises(ValueError, match="has the backbone fasternet_t1, and fasternet_t0 is to be trained"):
+            load_weights(create_other(backbone_options={}), tmp_path / name, NAMES)

@@ -121,6 +121,14 @@ def test_export_writes_a_file_that_predict_takes(run: Path, shapes: Path, tmp_pa
         (["eval", "--data", "DATA"], "give either checkpoint"),
         (["eval", "--data", "DATA", "--checkpoint", "RUN", "--split", "test"], "split=test is not one of"),
         (["eval", "--data", "DATA", "--results", "RESULTS"], "take --split all"),
+        (["eval", "--data", "DATA", "--results", "RESULTS", "--engine", "cpu"], "results.json is only scored"),
+        (["eval", "--data", "DATA", "--results", "RESULTS", "--device", "cpu"], "results.json is only scored"),
+        (["eval", "--data", "DATA", "--checkpoint", "a.onnx", "--device", "cpu"], "a.onnx runs on the CPU as it is"),
+        (["train", "fasternet_t0", "--data", "DATA", "-o", "NEW", "--set", "compile=true"], "compile=true is not for"),
+        (
+            ["train", "fasternet_t0", "--data", "DATA", "-o", "NEW", "--checkpoint", "RUN", "--pretrained"],
+            "checkpoint and pretrained are both",
+        ),
         (["eval", "--data", "DATA", "--checkpoint", "OTHER", "--split", "all"], "2 categories, the detector 5 classes"),
         (["eval", "--data", "DATA", "--checkpoint", "RUN", "--engine", "fast"], "fast"),
         (["predict", "nowhere.jpg", "-o", "RUN", "--checkpoint", "RUN"], "RUN"),
@@ -152,3 +160,18 @@ def test_bad_input_is_one_sentence(words, message: str, run: Path, shapes: Path,
     text = f"{result.exception} {result.stderr}"
     assert message.replace("RUN", str(run)) in text
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [["eval", "--data", "DATA"], ["predict", "DATA", "-o", "NEW"], ["export", "-o", "detector.pth"]]
+)
+def test_weights_that_are_not_finite_are_refused(words, run: Path, shapes: Path, tmp_path: Path) -> None:
+    loaded = load_detector(run)
+    loaded.model.backbone.body.embedding.norm.running_var[0] = float("inf")
+    save_detector(tmp_path / "broken", loaded.model, class_names=loaded.class_names)
+    places = {"DATA": shapes, "NEW": tmp_path / "new", "detector.pth": tmp_path / "detector.pth"}
+    words = [*(str(places.get(word, word)) for word in words), "--checkpoint", str(tmp_path / "broken")]
+    result = CliRunner().invoke(cli.app, ["detect", *words])
+    assert isinstance(result.exception, ValueError)
+    assert f"the weights of {tmp_path / 'broken'} are not finite" in str(result.exception)
+    assert not any((tmp_path / name).exists() for name in ("new", "detector.pth"))

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from fasternet.detection import DetectionPredictor, create_mask_rcnn, export_onnx, save_detector, save_mmdet
+from fasternet.detection.checkpoint import OF_RECIPE
+from fasternet.detection.detector import DetectorConfig
 from fasternet.detection.export import LIMITS
 from fasternet.detection.layers import STRIDES
 from fasternet.detection.optimize import MAX_SIZES
@@ -63,6 +65,8 @@ def test_python_of_the_page_runs(folder: Path) -> None:
     assert again.keys() == given.keys()
     assert all(torch.equal(again[name], given[name]) for name in given)
     assert names["published"].config.antialias is False
+    assert (names["published"].config.min_size, names["published"].config.max_size) == (800, 1333)
+    assert names["smaller"].config.min_size == 320
 
 
 def test_exported_file_runs_as_the_page_says(folder: Path) -> None:
@@ -81,7 +85,10 @@ def test_numbers_of_the_page_are_those_of_the_code() -> None:
     small, paper = DETECTION_RECIPES["small"], PAPER_DETECTION_RECIPES["fasternet_s"]
     assert f"{small.epochs} epochs, batch {small.batch_size}" in TEXT
     assert all(f"{recipe.min_size}/{recipe.max_size} px" in TEXT for recipe in (small, paper))
-    assert (small.flip, small.vertical_flip, small.validation_share) == (True, True, 0.2)
+    assert (small.flip, small.vertical_flip, small.validation_share, small.head_norm) == (True, True, 0.2, "bn")
+    assert "{:g} to {:g} times the size".format(*small.multi_scale or ()) in TEXT
+    published = DetectorConfig(backbone="fasternet_s", num_classes=80)
+    assert all(getattr(paper, name) == getattr(published, name) for name in OF_RECIPE)
     assert f"batch {paper.batch_size}" in TEXT
     assert "strides " + ", ".join(map(str, STRIDES)) in TEXT
     assert LIMITS == {"boxes": 0.01, "scores": 1e-4, "masks": 1e-3}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.image_list import ImageList
 
 from fasternet.detection.detector import (
     DROP_PATH_RATES,
@@ -85,6 +86,47 @@ def test_feature_norm_is_on_for_a_fasternet_and_can_be_off():
     assert not off.backbone.body.feature_norms
     again = build_detector(on.config).state_dict()
     assert again.keys() == on.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, (False, 0.1)),
+        ({"feature_norm": True}, (True, 0.1)),
+        ({"drop_path_rate": 0.0}, (False, 0)),
+        ({"drop_path_rate": 0.05, "feature_norm": False}, (False, 0.05)),
+    ],
+)
+def test_arguments_come_before_backbone_options_and_these_before_the_defaults(arguments, expected):
+    options = SMALL["backbone_options"] | {"feature_norm": False, "drop_path_rate": 0.1}
+    detector = create_mask_rcnn("fasternet_s", num_classes=1, **SMALL | {"backbone_options": options}, **arguments)
+    body = detector.backbone.body
+    assert (bool(body.feature_norms), body.stages[3].blocks[-1].drop_path.p) == pytest.approx(expected)
+    again = build_detector(detector.config).backbone.body
+    assert (bool(again.feature_norms), again.stages[3].blocks[-1].drop_path.p) == pytest.approx(expected)
+
+
+def test_small_object_that_no_anchor_suits_takes_none():
+    """Twelve pixels overlap each anchor of 32 around them by 0.14; 40 pixels overlap the best by 0.64."""
+    rpn = create_mask_rcnn("fasternet_t0", num_classes=3, **SMALL).rpn
+    maps = [torch.zeros(1, 8, side, side) for side in (16, 8, 4, 2, 1)]
+    anchors = rpn.anchor_generator(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), maps)
+    small, medium = [20.0, 20, 32, 32], [12.0, 12, 52, 52]
+    (labels,), _ = rpn.assign_targets_to_anchors(anchors, [{"boxes": torch.tensor([small])}])
+    assert not labels.any()
+    (labels,), (boxes,) = rpn.assign_targets_to_anchors(anchors, [{"boxes": torch.tensor([small, medium])}])
+    assert boxes[labels == 1].tolist() == [medium] * 9  # the square anchors of 32 that lie in it
+
+
+def test_proposals_of_half_precision_keep_their_order():
+    """The probabilities of 7 and 9 are both 1 in bf16."""
+    rpn = create_mask_rcnn("fasternet_t0", num_classes=3, **SMALL).rpn.eval()
+    proposals = torch.tensor([[[0.0, 0, 20, 20], [30, 30, 60, 60]]])
+    objectness = torch.tensor([[7.0], [9.0]], dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        (boxes,), (scores,) = rpn.filter_proposals(proposals, objectness, [(64, 64)], [2])
+    assert boxes.tolist() == [[30, 30, 60, 60], [0, 0, 20, 20]]
+    assert scores[0] > scores[1]
 
 
 @pytest.mark.parametrize("create", [create_mask_rcnn, create_faster_rcnn])

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -87,6 +88,11 @@ def test_every_mode_is_drawn_in_color_and_left_alone(mode):
 def test_transparency_is_laid_on_white():
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert draw_detections(image, []).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_grey_values_of_16_bits_are_rescaled():
+    image = Image.fromarray(np.full((64, 64), 120 * 257, dtype=np.uint16))
+    assert draw_detections(image, []).getpixel((3, 3)) == GREY[:1] * 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10, 2000), (2000, 10), (30, 30), (64, 48), (3000, 2000)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasternet.data.coco import CocoData, CocoImage, Instance, decode_mask, load_coco, to_document
 from fasternet.detection.detector import create_faster_rcnn, create_mask_rcnn
-from fasternet.detection.evaluate import DetectionEvaluation, evaluate_detector, score_results
+from fasternet.detection.evaluate import DetectionEvaluation, check_finite, evaluate_detector, score_results
 from fasternet.detection.results import to_results
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -172,9 +172,15 @@ def test_a_broken_network_is_said_in_one_sentence(data: CocoData) -> None:
 def test_weights_that_are_not_finite_are_said(data: CocoData) -> None:
     small = {"width": 8, "depths": (1, 1, 1, 1)}
     detector = create_faster_rcnn("fasternet_t0", num_classes=3, fpn_channels=8, backbone_options=small).eval()
-    detector.roi_heads.box_predictor.cls_score.weight.data[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="the weights of the network are not finite"):
-        evaluate_detector(detector, data, masks=False)
+    check_finite(detector)
+    for tensor in (detector.roi_heads.box_predictor.cls_score.weight, next(detector.buffers())):
+        before = tensor.detach().clone()
+        tensor.data.view(-1)[1] = float("nan")
+        with pytest.raises(ValueError, match="the weights of the network are not finite"):
+            evaluate_detector(detector, data, masks=False)
+        with pytest.raises(ValueError, match=r"^the weights of some\.pth are not finite"):
+            check_finite(detector, "some.pth")
+        tensor.data.copy_(before)
 
 
 def test_a_picture_that_cannot_be_read_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """export_onnx and load_onnx: the file against the detector, what it refuses, and that a wrong file never stays."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from torchvision.transforms.functional import to_tensor
 from fasternet.detection import export
 from fasternet.detection.detector import create_faster_rcnn, create_mask_rcnn
 from fasternet.detection.export import export_onnx, load_onnx
+from fasternet.detection.predictor import DetectionPredictor
 from fasternet.rivals import randomize_batch_norm
 
 pytest.importorskip("onnxruntime", reason="needs fasternet[onnxruntime]")
@@ -67,6 +69,11 @@ def test_file_finds_what_the_detector_finds_at_any_size(exported):
     detector.transform.full_masks = False
     sizes = ((64, 96), (100, 75), (333, 500), (40, 200), (20, 31))
     assert check_alike(loaded, detector, [torch.rand(3, *size) for size in sizes]) > 20
+
+
+def test_fingerprint_is_that_of_the_file(exported):
+    predictor = DetectionPredictor.from_detector(load_onnx(exported[1]))
+    assert predictor.fingerprint == hashlib.sha256(exported[1].read_bytes()).hexdigest()
 
 
 def test_picture_without_detections_gives_empty_tensors(exported):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fasternet.detection.detector import create_faster_rcnn, create_mask_rcnn
 from fasternet.detection.mmdet import from_mmdet, load_mmdet, save_mmdet, to_mmdet
+from fasternet.detection.optimize import optimize_detector
 from fasternet.models import convert
 
 _spec = importlib.util.spec_from_file_location("plain_mmdet", Path(__file__).with_name("plain_mmdet.py"))
@@ -85,6 +86,39 @@ def test_ours_to_file_to_ours_is_bitwise(tmp_path, create):
         rows = UNUSED.get(key.split(".")[-2], 0) if key.startswith("roi_heads") else 0
         assert torch.equal(other[key][rows:] if rows else other[key], tensor[rows:] if rows else tensor), key
         assert not other[key][:rows].any() if rows else True
+
+
+@torch.no_grad()
+def test_norms_of_neck_and_mask_head_are_folded_and_the_detections_stay(tmp_path):
+    fields = {"min_size": 64, "max_size": 128, "score_threshold": 0.0, "detections_per_image": 8, "antialias": False}
+    small = {"fpn_channels": 8, "box_head_width": 16, "mask_head_channels": 8, "head_norm": "bn"}
+    model = create_mask_rcnn("fasternet_t0", num_classes=3, backbone_options=SMALL, **small, **fields)
+    model.roi_heads.box_predictor.cls_score.weight.mul_(10)
+    for norm in [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
+        norm.running_mean.uniform_(-0.2, 0.2)
+        norm.running_var.uniform_(0.5, 1.5)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.2, 0.2)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_mmdet(tmp_path / "file.pth", model)
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    found = load(tmp_path / "file.pth", **fields)
+    assert found.config.head_norm == "none"
+    assert len(found.backbone.body.feature_norms) == 4  # which the format has
+    picture = torch.rand(3, 64, 96)
+    ours, theirs = model.eval()([picture])[0], found([picture])[0]
+    assert len(ours["scores"]) == 8
+    assert torch.equal(ours["labels"], theirs["labels"])
+    for name in ("boxes", "scores", "masks"):
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"^head_norm=bn must be none: mmdet's detectors have no BN there$"):
+        load(tmp_path / "file.pth", head_norm="bn")
+
+
+def test_optimised_detector_is_refused(file):
+    with pytest.raises(ValueError, match=r"^an optimised detector cannot be saved, its BN is folded: save the one"):
+        to_mmdet(optimize_detector(load(file)))
 
 
 def test_variant_and_sizes_are_read_off_the_tensors(tmp_path):

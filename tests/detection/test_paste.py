@@ -86,6 +86,16 @@ def test_a_single_mask_of_a_large_picture_takes_its_box_alone() -> None:
     assert 11998 <= left <= 12000
 
 
+def test_masks_are_pasted_in_single_precision_under_autocast() -> None:
+    masks, box = torch.rand(1, 28, 28), torch.tensor([BOXES["inside"]])
+    expected = paste_masks(masks, box, HEIGHT, WIDTH)
+    part, *_ = paste_mask(masks[0], box[0], HEIGHT, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(paste_masks(masks, box, HEIGHT, WIDTH), expected)
+        assert torch.equal(paste_mask(masks[0], box[0], HEIGHT, WIDTH)[0], part)
+        assert paste_masks(masks.bfloat16(), box.bfloat16(), HEIGHT, WIDTH).dtype == torch.float32
+
+
 def test_no_masks_are_none() -> None:
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), HEIGHT, WIDTH).shape == (0, HEIGHT, WIDTH)
 

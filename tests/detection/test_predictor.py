@@ -297,11 +297,47 @@ def test_interrupted_run_is_resumed(finder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="begun with other score threshold"):
         predict_to_folder(finder, [tmp_path / "in"], output, score_threshold=0.5, resume=True)
     resumed = predict_to_folder(finder, [tmp_path / "in"], output, score_threshold=0.0, resume=True)
-    assert resumed.num_images == 2
+    assert (resumed.num_images, resumed.num_detections) == (whole.num_images, whole.num_detections) == (4, 32)
     assert resumed.document.read_bytes() == whole.document.read_bytes()
     assert not (output / files.PART).exists()
-    again = predict_to_folder(finder, [tmp_path / "in"], output, score_threshold=0.0, resume=True)
-    assert again.num_images == 0
+
+
+def test_finished_folder_gets_pictures_that_are_new_or_failed(finder, tmp_path, monkeypatch):
+    drawn = []
+    draw = files._draw
+    monkeypatch.setattr(files, "_draw", lambda *arguments: drawn.append(arguments[2].name) or draw(*arguments))
+    output = tmp_path / "out"
+
+    def run(predictor=finder, score_threshold=0.0):
+        return predict_to_folder(predictor, [tmp_path / "in"], output, score_threshold=score_threshold, resume=True)
+
+    _save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"\x89PNG")
+    first = run()
+    before = first.document.read_bytes()
+    assert json.loads(before)["info"] == {"score_threshold": 0.0, "weights": finder.fingerprint}
+    again = run()
+    assert (again.num_images, again.num_detections, len(again.errors)) == (1, 8, 1)
+    assert again.document.read_bytes() == before
+    for changed, other in (
+        ({"score_threshold": 0.5}, "score threshold"),
+        ({"predictor": dataclasses.replace(finder, fingerprint="x")}, "weights"),
+        ({"predictor": dataclasses.replace(finder, category_ids=(3, 5, 9))}, "categories"),
+    ):
+        with pytest.raises(ValueError, match=rf"detections\.json was begun with other {other}: name a new"):
+            run(**changed)
+    assert sorted(path.name for path in output.iterdir()) == ["a.png", "detections.json"]
+    _save(tmp_path / "in" / "b.png", seed=1)
+    _save(tmp_path / "in" / "c.png", seed=2)
+    last = run()
+    assert (last.num_images, last.num_detections, last.errors) == (3, 24, ())
+    assert drawn == ["a.png", "b.png", "c.png"]
+    whole = predict_to_folder(finder, [tmp_path / "in"], tmp_path / "whole", score_threshold=0.0)
+    assert last.document.read_bytes() == whole.document.read_bytes()
+    assert not (output / files.PART).exists()
+    last.document.write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"detections\.json is damaged, or of another program: name a new output"):
+        run()
 
 
 def test_other_weights_do_not_resume(detector, finder):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasternet.data.coco import CocoData, CocoImage
 from fasternet.detection import results as module
 from fasternet.detection.layers import paste_masks
-from fasternet.detection.results import encode_mask, load_results, save_results, to_results
+from fasternet.detection.results import load_results, save_results, to_results
 
 SIZE = (40, 60)
 
@@ -46,15 +46,13 @@ def test_masks_are_encoded_as_the_reference_does(density: float, strip: int, mon
     assert to_results(prediction, 1, SIZE, (1, 2, 3))[0]["segmentation"] == encode(picture)
 
 
-@pytest.mark.parametrize(
-    ("top", "left", "height", "width"), [(3, 4, 10, 20), (0, 0, 40, 60), (39, 0, 1, 60), (0, 59, 40, 1)]
-)
-def test_a_part_is_encoded_as_the_picture_around_it(top: int, left: int, height: int, width: int) -> None:
-    for part in (torch.rand(height, width) < 0.6, torch.ones(height, width, dtype=torch.bool)):
-        picture = torch.zeros(SIZE, dtype=torch.bool)
-        picture[top : top + height, left : left + width] = part
-        assert encode_mask(part, top, left, SIZE) == encode(picture)
-    assert encode_mask(torch.zeros(0, 5, dtype=torch.bool), 12, 3, SIZE) == encode(torch.zeros(SIZE))
+@pytest.mark.parametrize("pasted", [None, False])
+def test_a_picture_may_have_the_size_of_the_networks_masks(pasted: bool | None) -> None:
+    prediction = predict(5)
+    whole = paste_masks(prediction["masks"][:, 0], prediction["boxes"], 28, 28)
+    results = to_results(prediction, 1, (28, 28), (1, 2, 3), pasted=pasted)
+    assert [result["segmentation"] for result in results] == [encode(mask >= 0.5) for mask in whole]
+    assert to_results(prediction | {"masks": whole[:, None]}, 1, (28, 28), (1, 2, 3), pasted=True) == results
 
 
 @pytest.mark.parametrize("strip", [40 * 5, 2**22])

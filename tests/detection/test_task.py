@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from fasternet.data.coco import load_coco
+from fasternet.data.coco import CocoData, CocoImage, Instance, load_coco
 from fasternet.detection.checkpoint import load_detector
-from fasternet.detection.task import load_split, train_detector
+from fasternet.detection.detector import create_mask_rcnn
+from fasternet.detection.evaluate import evaluate_detector
+from fasternet.detection.task import DetectionTask, create_detection, load_split, select_pictures, train_detector
 from fasternet.records import load_records
-from fasternet.train.detection_recipe import DetectionRecipe
+from fasternet.train.detection_recipe import DETECTION_RECIPES, DetectionRecipe
+from fasternet.train.distributed import World
 from fasternet.train.loop import Hooks, Progress
 from fasternet.train.recipe import load_recipe
 from fasternet.train.state import load_state
@@ -29,7 +34,7 @@ RECIPE = DetectionRecipe(
     ema_decay=0.9,
     drop_path_rate=0.2,
     flip=True,
-    multi_scale=(48.0, 64.0),
+    multi_scale=(0.75, 1.0),
     min_size=64,
     max_size=96,
     fpn_channels=8,
@@ -44,6 +49,23 @@ RECIPE = DetectionRecipe(
 def train(data: Path, output: Path, recipe: DetectionRecipe = RECIPE, **options) -> Path:
     options = {"device": "cpu", "backbone_options": TINY, **options}
     return train_detector("fasternet_t0", str(data), output, recipe=recipe, **options)
+
+
+def create_task(data: Path, recipe: DetectionRecipe = RECIPE, **options) -> DetectionTask:
+    given = {"kind": None, "device": torch.device("cpu"), "world": World(), "checkpoint": None, "pretrained": False}
+    options = {**given, "backbone_options": TINY, "hooks": Hooks(), **options}
+    return create_detection("fasternet_t0", str(data), recipe=recipe, **options)
+
+
+def write_parts(folder: Path, shapes: Path, change) -> Path:
+    """Write the pictures as training and as validation pictures; ``change`` takes both annotation documents."""
+    documents = [json.loads((shapes / "shapes.json").read_text()) for _ in range(2)]
+    change(*documents)
+    (folder / "annotations").mkdir()
+    for name, document in zip(("train2017", "val2017"), documents, strict=True):
+        (folder / name).symlink_to(shapes / "images")
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(document))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +91,7 @@ def test_run_leaves_a_folder_with_all_that_is_needed(shapes: Path, uninterrupted
     checkpoint = load_detector(uninterrupted)
     assert (checkpoint.class_names, checkpoint.category_ids) == (("red", "blue"), (1, 2))
     assert checkpoint.model.config.fpn_channels == 8
-    assert checkpoint.facts["recipe"]["multi_scale"] == [48.0, 64.0]
+    assert checkpoint.facts["recipe"]["multi_scale"] == [0.75, 1.0]
     assert load_recipe(uninterrupted / "recipe.yaml", DetectionRecipe) == RECIPE
     records = load_records(uninterrupted / "log.jsonl")
     assert [r.kind for r in records] == [
@@ -177,13 +199,7 @@ def test_split_follows_from_the_seed(shapes: Path) -> None:
 
 
 def test_parts_with_other_classes_are_refused(shapes: Path, tmp_path: Path) -> None:
-    document = json.loads((shapes / "shapes.json").read_text())
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "train2017").symlink_to(shapes / "images")
-    (tmp_path / "val2017").symlink_to(shapes / "images")
-    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
-    document["categories"][0]["name"] = "green"
-    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
+    write_parts(tmp_path, shapes, lambda _, validation: validation["categories"][0].update(name="green"))
     with pytest.raises(ValueError, match="have other classes"):
         load_split(str(tmp_path), 0.2, 0)
 
@@ -214,3 +230,145 @@ def test_masks_are_asked_for_only_where_there_are_some(shapes: Path, tmp_path: P
     (tmp_path / "boxes.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match="kind=mask_rcnn needs masks"):
         train(tmp_path / "boxes.json", tmp_path / "run", kind="mask_rcnn")
+
+
+def test_of_two_files_the_wanted_one_alone_is_opened(shapes: Path, tmp_path: Path) -> None:
+    write_parts(tmp_path, shapes, lambda *_: None)
+    (tmp_path / "train2017").unlink()
+    assert len(select_pictures(str(tmp_path), "validation")) == 6
+    with pytest.raises(FileNotFoundError, match="pictures are missing"):
+        select_pictures(str(tmp_path), "training")
+
+
+def test_masks_in_one_file_alone_are_said_and_no_object_is_left_out(shapes: Path, tmp_path: Path) -> None:
+    def change(training, validation) -> None:
+        for annotation in (training["annotations"][0], *validation["annotations"]):
+            del annotation["segmentation"]
+
+    said: list[str] = []
+    task = create_task(write_parts(tmp_path, shapes, change), hooks=Hooks(say=said.append))
+    assert task.condition["kind"] == "faster_rcnn"
+    assert sum(len(image.instances) for image in task.training.images) == 12
+    files = [tmp_path / "annotations" / f"instances_{name}.json" for name in ("train2017", "val2017")]
+    assert said == [f"{files[0]} has masks and {files[1]} has none: boxes alone are learned"]
+
+
+def test_missing_package_is_said_before_the_training(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs? faster-coco-eval: pip install 'fasternet\[detection\]'"):
+        train(shapes, tmp_path / "run", kind="faster_rcnn")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("min_size", [64, 100])
+def test_pictures_of_the_training_follow_the_size_asked_for(shapes: Path, min_size: int) -> None:
+    recipe = dataclasses.replace(
+        DETECTION_RECIPES["small"], min_size=min_size, max_size=2 * min_size, fpn_channels=8, box_head_width=8
+    )
+    task = create_task(shapes, recipe)
+    sides = {min(image.shape[1:]) for epoch in range(9) for images, _ in task.batches(epoch) for image in images}
+    assert 0.79 <= min(sides) / min_size < 0.9
+    assert 1.15 < max(sides) / min_size <= 1.26
+
+
+def test_weights_of_another_run_are_taken_and_what_starts_fresh_is_said(
+    shapes: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    task = create_task(shapes, checkpoint=uninterrupted, hooks=Hooks(say=said.append))
+    theirs = load_detector(uninterrupted).model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in task.model.state_dict().items())
+    assert said == []
+
+    def rename(*documents) -> None:
+        for document in documents:
+            document["categories"][0]["name"] = "green"
+
+    create_task(write_parts(tmp_path, shapes, rename), checkpoint=uninterrupted, hooks=Hooks(say=said.append))
+    reason = "has the class 'red' where the data have 'green'"
+    assert said == [f"{uninterrupted} {reason}: the layers that tell classes start fresh"]
+
+
+def test_judgement_does_not_depend_on_the_batch(shapes: Path, tmp_path: Path) -> None:
+    images = []
+    for number, size in enumerate([(96, 64), (64, 96), (80, 64), (64, 64)]):
+        path = tmp_path / f"{number}.png"
+        Image.effect_noise(size, 60).convert("RGB").save(path)
+        thing = Instance(number + 1, 0, (5.0, 5.0, 40.0, 50.0), [[5, 5, 40, 5, 40, 50, 5, 50]], False, 1575.0)
+        images.append(CocoImage(number, path, *size, (thing,)))
+    data = CocoData(tmp_path / "sizes.json", ("red", "blue"), (1, 2), tuple(images), {}, True)
+    heads = {"fpn_channels": 8, "box_head_width": 16, "mask_head_channels": 8}
+    torch.manual_seed(0)
+    model = create_mask_rcnn(
+        "fasternet_t0", num_classes=2, min_size=64, max_size=96, score_threshold=0, backbone_options=TINY, **heads
+    ).eval()
+    found = create_task(shapes).judge(model, data)
+    with model.transform.keep_masks_small():
+        assert found == evaluate_detector(model, data, masks=True)
+        assert found.results != evaluate_detector(model, data, masks=True, batch_size=2).results
+
+
+def test_weights_that_are_not_finite_are_not_judged(shapes: Path) -> None:
+    task = create_task(shapes)
+    task.model.eval().backbone.body.embedding.norm.running_mean[0] = float("nan")
+    with pytest.raises(ValueError, match="the weights of the network are not finite"):
+        task.evaluate(task.model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"precision": "bf16"},
+        {"accumulate": 2},
+        {"multi_scale": None, "scale_jitter": (0.5, 1.5)},
+        {"grad_checkpointing": True},
+    ],
+    ids=lambda fields: [*fields][-1],
+)
+def test_every_way_of_training_ends(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict, uninterrupted: Path
+) -> None:
+    # Where bf16 would be emulated it is refused, and computes the same.
+    monkeypatch.setattr("fasternet.train.loop.select_precision", lambda name, device: name)
+    output = train(shapes, tmp_path / "run", dataclasses.replace(RECIPE, **fields))
+    found, expected = load_result(output)["log"], load_result(uninterrupted)["log"]
+    assert len(found) == 2
+    assert all(math.isfinite(loss) for _, loss, *_ in found)
+    if "grad_checkpointing" in fields:
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other)
+    else:
+        assert found != expected
+
+
+TRAIN = """
+import dataclasses, sys
+from pathlib import Path
+from test_task import RECIPE, train
+
+data, output = sys.argv[1:]
+train(Path(data), Path(output), dataclasses.replace(RECIPE, head_norm="bn", flip=False, ema_decay=None))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_where_a_part_has_no_objects(shapes: Path, tmp_path: Path) -> None:
+    def clear(training, _) -> None:
+        training["annotations"] = [a for a in training["annotations"] if a["image_id"] <= 3]
+
+    data = write_parts(tmp_path, shapes, clear)
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tmp_path / "train.py", data, tmp_path / "two"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, timeout=240, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    recipe = dataclasses.replace(RECIPE, head_norm="bn", flip=False, ema_decay=None, accumulate=2)
+    train(data, tmp_path / "one", recipe)
+    losses = [
+        [r.values["train_loss"] for r in load_records(tmp_path / name / "log.jsonl") if r.kind == "epoch"]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -184,6 +184,7 @@ def test_detectors_and_classifiers_share_a_page(
     merge_records([tmp_path / "masks", tmp_path / "boxes"], merged)
     again = create_report([merged, tmp_path / "masks"], tmp_path / "again.html").read_text("utf-8")
     assert read_rows(again, "detectors") == read_rows(page, "detectors")
+    assert read_text(again).count("fasternet_t0 mask AP, box AP 0.55 on 4 validation pictures") == 1
 
 
 @pytest.mark.parametrize("values", [{"per_class": "x"}, {"per_class": [1, {}]}, {"num_images": None, "split": None}])

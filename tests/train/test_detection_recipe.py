@@ -50,8 +50,9 @@ def test_rate_grows_with_the_batch() -> None:
     ("change", "message"),
     [
         ("min_size=2000", "max_size=1333 must be at least min_size=2000"),
-        ("multi_scale=800,480", "multi_scale=800,480 must rise"),
-        ("multi_scale=480,1400", "multi_scale=480,1400 must rise within"),
+        ("multi_scale=1.2,0.8", "multi_scale=1.2,0.8 must rise"),
+        ("multi_scale=480,800", "multi_scale=480,800 must rise within"),
+        ("compile=true", "compile=true is not for detectors"),
         ("scale_jitter=0,2", "scale_jitter=0,2 must rise within"),
         ("lr_step_epochs=11,8", "lr_step_epochs=11,8 must rise"),
         ("regions_per_image=0", "regions_per_image=0 must be between 4"),
@@ -68,11 +69,11 @@ def test_wrong_field_is_one_sentence(change: str, message: str) -> None:
 
 def test_two_kinds_of_jitter_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
-        parse_overrides(PAPER, ["multi_scale=480,800", "scale_jitter=0.1,2"])
+        parse_overrides(PAPER, ["multi_scale=0.8,1.2", "scale_jitter=0.1,2"])
 
 
 def test_recipe_file_returns_the_same_recipe(tmp_path) -> None:
-    recipe = parse_overrides(PAPER, ["multi_scale=480,800", "clip_grad=none", "batch_size=1"])
+    recipe = parse_overrides(PAPER, ["multi_scale=0.8,1.2", "clip_grad=none", "batch_size=1"])
     save_recipe(tmp_path / "recipe.yaml", recipe)
     assert load_recipe(tmp_path / "recipe.yaml", DetectionRecipe) == recipe
 

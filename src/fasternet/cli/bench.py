@@ -169,7 +169,10 @@ def bench_engines(
 
 @bench.command("detection")
 def bench_detection(
-    networks: Annotated[str | None, typer.Option(help="Backbones, separated by commas. [default: Table 4]")] = None,
+    networks: Annotated[
+        str | None,
+        typer.Option(help="Backbones, FasterNet-S:split_cat in its published form, by commas. [default: Table 4]"),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="Of the backbones: eager, compile, onnxruntime, openvino, cpu (FasterNets alone).")
     ] = "eager",

@@ -182,6 +182,8 @@ def _print_coco(found: CocoCheck) -> None:
             typer.echo(f"{name}: {remark}: {count:,}")
         if values["grey"]:
             typer.echo(f"{name}: grey pictures, which become RGB: {len(values['grey']):,}")
+        if turned := values["ambiguous"]:
+            typer.echo(f"{name}: pictures that EXIF data turn, perhaps without their objects: {len(turned):,}")
     if found.errors:
         print_table(("training would trip over",), [(error,) for error in found.errors[:NUM_ERRORS]])
     typer.echo(f"{found.name}: training would trip over {len(found.errors):,} findings")

@@ -35,6 +35,10 @@ Engine = Annotated[
     str, typer.Option(help="What runs the backbone: eager, compile, onnxruntime, openvino, cpu or auto.")
 ]
 Precision = Annotated[str, typer.Option(help="Of the backbone: fp32 or bf16.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, help="Pictures at once in each process; larger batches pad them and may move the AP a little."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -153,7 +157,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="validation, training or all.")] = "validation",
     engine: Engine = "eager",
     precision: Precision = "fp32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once, in each process.")] = 1,
+    batch_size: BatchSize = 1,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
     device: Device = None,
     output: Annotated[
@@ -177,6 +181,8 @@ def evaluate(
 
     if (checkpoint is None) == (results is None):
         raise ValueError("give either checkpoint, a detector, or results, a file to score")
+    if results is not None and (engine, precision, device) != ("eager", "fp32", None):
+        raise ValueError(f"engine, precision and device are for a checkpoint, and {results} is only scored")
     target = select_device(device)
     with join_world(target) as world:
         if results is not None:
@@ -185,7 +191,7 @@ def evaluate(
             masks = pictures.has_masks and all("segmentation" in result for result in found)
             evaluation = score_results(pictures, found, masks=masks)
         else:
-            loaded = _load(cast(Path, checkpoint), engine, precision, target)
+            loaded = _load(cast(Path, checkpoint), engine, precision, device)
             has_masks = loaded.detector.config.kind == "mask_rcnn"
             pictures = select_pictures(data, split, loaded.recipe, masks=has_masks)
             _check_classes(loaded, pictures)
@@ -226,9 +232,8 @@ def predict(
     shorten_spinning()
     from fasternet.detection.files import predict_to_folder
     from fasternet.detection.predictor import DetectionPredictor
-    from fasternet.train.device import select_device
 
-    loaded = _load(checkpoint, engine, precision, select_device(device))
+    loaded = _load(checkpoint, engine, precision, device)
     predictor = DetectionPredictor.from_detector(loaded.detector, loaded.class_names, loaded.category_ids)
     done = predict_to_folder(
         predictor,
@@ -242,7 +247,7 @@ def predict(
     if json:
         print_json({**dataclasses.asdict(done), "document": str(done.document)})
     else:
-        note(f"{done.num_detections:,} objects found in {done.num_images:,} pictures by this call")
+        note(f"{done.num_detections:,} objects found in {done.num_images:,} pictures")
         print(output)
     if done.errors:
         raise typer.Exit(1)
@@ -264,12 +269,15 @@ def export(
 
     Example: fasternet detect export --checkpoint outputs/fruits -o fruits.onnx
     """
+    from torchvision.transforms.functional import to_tensor
+
+    from fasternet.data.images import load_image
     from fasternet.detection.checkpoint import save_detector
     from fasternet.detection.detector import Detector
     from fasternet.detection.export import export_onnx
     from fasternet.detection.mmdet import save_mmdet
 
-    loaded = _load(checkpoint, "eager", "fp32", None)
+    loaded = _load(checkpoint, None)
     names: dict[str, Any] = {"class_names": loaded.class_names, "category_ids": loaded.category_ids}
     differences: dict[str, float] = {}
     if not isinstance(loaded.detector, Detector):
@@ -277,7 +285,7 @@ def export(
             f"{checkpoint} is an exported file already: name the run or model folder that it was made from"
         )
     if output.suffix == ".onnx":
-        example = None if picture is None else _load_picture(picture)
+        example = None if picture is None else to_tensor(load_image(picture))
         differences = export_onnx(loaded.detector, output, full_masks=full_masks, example=example, **names)
     elif full_masks or picture is not None:
         raise ValueError(f"full_masks and picture are for FILE.onnx, and output is {output}")
@@ -285,8 +293,9 @@ def export(
         save_mmdet(output, loaded.detector)
         config = loaded.detector.config
         note(
-            f"such a file keeps weights alone: read it with min_size={config.min_size}, max_size={config.max_size} "
-            f"and antialias={config.antialias}"
+            "such a file keeps weights alone, and `eval` and `predict` run it at 800/1333 px: in Python it is "
+            f"load_mmdet({str(output)!r}, min_size={config.min_size}, max_size={config.max_size}, "
+            f"antialias={config.antialias})"
         )
     elif output.suffix:
         raise ValueError(
@@ -327,16 +336,18 @@ class Loaded:
             return cast("list[dict[str, Tensor]]", self.detector([image.to(self.device) for image in images]))
 
 
-def _load(checkpoint: Path, engine: str, precision: str, device: torch.device | None) -> Loaded:
-    """Load a detector; with a device, optimised for an engine."""
+def _load(checkpoint: Path, engine: str | None, precision: str = "fp32", device: str | None = None) -> Loaded:
+    """Load a detector, optimised for an engine; None leaves it as it is."""
     from fasternet.detection.checkpoint import load_detector
+    from fasternet.detection.evaluate import check_finite
     from fasternet.detection.export import load_onnx
     from fasternet.detection.mmdet import load_mmdet
     from fasternet.detection.optimize import optimize_detector
+    from fasternet.train.device import select_device
 
     if checkpoint.suffix == ".onnx":
-        if (engine, precision) != ("eager", "fp32"):
-            raise ValueError(f"engine and precision are for folders and published files: {checkpoint} runs as it is")
+        if (engine or "eager", precision, device) != ("eager", "fp32", None):
+            raise ValueError(f"engine, precision and device are not for ONNX: {checkpoint} runs on the CPU as it is")
         onnx = load_onnx(checkpoint)
         return Loaded(onnx, onnx.class_names, onnx.category_ids, {}, None)
     if checkpoint.suffix in MMDET_SUFFIXES and not checkpoint.is_dir():
@@ -344,12 +355,14 @@ def _load(checkpoint: Path, engine: str, precision: str, device: torch.device | 
     else:
         loaded = load_detector(checkpoint)
         detector, names, numbers, facts = loaded.model, loaded.class_names, loaded.category_ids, dict(loaded.facts)
-    if device is not None:
-        optimized = optimize_detector(detector.to(device), engine=engine, precision=precision)
+    check_finite(detector, checkpoint)
+    target = None if engine is None else select_device(device)
+    if engine is not None:
+        optimized = optimize_detector(detector.to(target), engine=engine, precision=precision)
         if choice := optimized.reasons.get("choice"):
             note(f"engine auto: {choice}")
         detector = optimized
-    return Loaded(detector, names, numbers, facts, device)
+    return Loaded(detector, names, numbers, facts, target)
 
 
 def _check_classes(loaded: Loaded, pictures: CocoData) -> None:
@@ -365,14 +378,6 @@ def _check_classes(loaded: Loaded, pictures: CocoData) -> None:
         pairs = zip(loaded.class_names, pictures.class_names, strict=True)
         ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
         raise ValueError(f"{pictures.source} has the category {theirs!r} where the detector has the class {ours!r}")
-
-
-def _load_picture(path: Path) -> Tensor:
-    from torchvision.transforms.functional import to_tensor
-
-    from fasternet.data.images import load_image
-
-    return cast("Tensor", to_tensor(load_image(path)))
 
 
 def _print_evaluation(values: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ import random
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from fasternet.data.coco_objects import NO_MASK, Instance, decode_mask, parse_instance, take_integer
+from fasternet.data.coco_objects import BOX_FOR_CROWD, Instance, decode_mask, parse_instance, take_integer
 from fasternet.data.datasets import VALIDATION_FOLDERS
 from fasternet.data.images import MAX_PIXELS
 
@@ -61,7 +61,7 @@ class CocoData:
         category_ids: In ascending order.
         images: The pictures, in the order of the file.
         skipped: What was left out or changed, in words, and how often.
-        has_masks: Each object has a segmentation; else none has.
+        has_masks: Each object and crowd has a segmentation; else none is to be used.
     """
 
     source: Path
@@ -84,7 +84,8 @@ def load_coco(annotations: Path, images: Path | None = None, *, masks: bool = Tr
     """Read an annotation file and make sure that its pictures are there; they are not opened.
 
     Objects that are useless (a box of zero area or wholly outside, a polygon of two points) are left out and
-    counted, boxes are clipped at the border; an object without a mask is left out where others have one.
+    counted, boxes are clipped at the border. Where some objects have masks, pictures with an object that has none are
+    left out, as it would be learned as background; a crowd without a mask gets that of its box.
 
     Args:
         annotations: The JSON file.
@@ -92,7 +93,8 @@ def load_coco(annotations: Path, images: Path | None = None, *, masks: bool = Tr
         masks: Read the masks; without, the boxes of all objects, ``has_masks`` False.
 
     Raises:
-        ValueError: The file cannot be trusted: no JSON, a missing key, an unknown or repeated id, no finite number.
+        ValueError: The file cannot be trusted: no JSON, a missing key, an unknown or repeated id, no finite number, a
+            picture outside of the folder. Or each picture would be left out.
         FileNotFoundError: The file, the folder or a picture is missing.
         ModuleNotFoundError: faster-coco-eval, which compressed masks need, is not installed.
     """
@@ -115,11 +117,11 @@ def read_coco(annotations: Path, images: Path | None = None, *, masks: bool = Tr
         entries = _read_images(document["images"])
         counts: Counter[str] = Counter()
         objects = _read_annotations(document["annotations"], categories, entries, counts, masks=masks)
+        has_masks = any(one.segmentation for found in objects.values() for one in found if not one.crowd)
+        if has_masks:
+            objects = _take_masked(objects, counts)
     except ValueError as error:
         raise ValueError(f"annotation file {annotations}: {error}") from None
-    has_masks = any(instance.segmentation for found in objects.values() for instance in found)
-    if has_masks:
-        objects = {key: _take_masked(found, counts) for key, found in objects.items()}
     folder = images or _find_images(annotations, [entry["file_name"] for entry in entries.values()])
     return CocoData(
         annotations,
@@ -128,8 +130,9 @@ def read_coco(annotations: Path, images: Path | None = None, *, masks: bool = Tr
         tuple(
             CocoImage(key, folder / entry["file_name"], entry["width"], entry["height"], tuple(objects[key]))
             for key, entry in entries.items()
+            if key in objects
         ),
-        dict(sorted(counts.items())),
+        {reason: count for reason, count in sorted(counts.items()) if count},
         has_masks,
     )
 
@@ -273,6 +276,11 @@ def _read_images(entries: Sequence[Any]) -> dict[int, dict[str, Any]]:
             )
         # Tools on Windows write their own separators.
         name = entry["file_name"].replace("\\", "/")
+        # A file from elsewhere could carry other pictures of this machine into a report.
+        if PureWindowsPath(name).root or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(
+                f"picture {key} has file_name {reprlib.repr(name)}; it must be a path below the folder of pictures"
+            )
         _add(images, key, {"file_name": name, "width": width, "height": height}, "picture")
     _check_unique([(entry["file_name"], f"picture {key}") for key, entry in images.items()], "file_name")
     return images
@@ -300,14 +308,25 @@ def _read_annotations(
     return objects
 
 
-def _take_masked(instances: Iterable[Instance], counts: Counter[str]) -> list[Instance]:
-    masked = []
-    for instance in instances:
-        if instance.segmentation is None:
-            counts[NO_MASK] += 1
-        else:
-            masked.append(instance)
-    return masked
+def _take_masked(objects: Mapping[int, list[Instance]], counts: Counter[str]) -> dict[int, list[Instance]]:
+    """Leave out pictures with an object that has no mask; give crowds without one that of their box."""
+    maskless = {key: sum(not (one.segmentation or one.crowd) for one in found) for key, found in objects.items()}
+    taken: dict[int, list[Instance]] = {}
+    for key, found in objects.items():
+        if not maskless[key]:
+            counts[BOX_FOR_CROWD] += sum(one.segmentation is None for one in found)
+            taken[key] = [one if one.segmentation else _outline(one) for one in found]
+    number = sum(maskless.values())
+    if not taken:
+        raise ValueError(f"each picture has objects without a mask, {number:,} in all: only boxes can be learned")
+    if number:
+        counts[f"pictures left out, as {number:,} objects in them have no mask"] = len(objects) - len(taken)
+    return taken
+
+
+def _outline(instance: Instance) -> Instance:
+    x0, y0, x1, y1 = instance.box
+    return dataclasses.replace(instance, segmentation=[[x0, y0, x1, y0, x1, y1, x0, y1]])
 
 
 def _add(found: dict[int, Any], key: int, value: Any, kind: str) -> None:
@@ -349,7 +368,9 @@ def _list_names(folder: Path) -> set[str]:
 
 
 def _list_annotations(folder: Path) -> list[Path]:
-    return sorted(folder.glob("instances_*.json")) or sorted(folder.glob("*.json"))
+    """Return the annotation files of a folder, less what macOS puts beside each file of another disk."""
+    found = sorted(folder.glob("instances_*.json")) or sorted(folder.glob("*.json"))
+    return [path for path in found if not path.name.startswith("._")]
 
 
 def _choose(data: Path, files: Sequence[Path]) -> tuple[Path, Path | None]:

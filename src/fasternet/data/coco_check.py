@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fasternet.data.coco import CocoData, find_coco, list_missing, read_coco
@@ -18,6 +20,7 @@ from fasternet.data.loaders import explain_dead_worker
 from fasternet.environment import describe_machine
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels: COCO's bounds of an object's area
+KINDS = ("missing", "unreadable", "wrong size", "grey", "ambiguous")  # what opening a picture may tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class CocoSplit:
         unreadable: A sentence for each picture that cannot be read.
         wrong_size: A sentence for each picture of another size than annotated.
         grey: Pictures without colours.
+        ambiguous: Pictures that their EXIF data turn without changing width and height: whether the annotations are of
+            the picture as stored or upright, which is what training takes, nobody can tell.
     """
 
     data: CocoData
@@ -37,6 +42,7 @@ class CocoSplit:
     unreadable: tuple[str, ...]
     wrong_size: tuple[str, ...]
     grey: tuple[str, ...]
+    ambiguous: tuple[str, ...]
 
     def values(self) -> dict[str, Any]:
         """Return all of it, for JSON."""
@@ -58,6 +64,7 @@ class CocoSplit:
             "unreadable": list(self.unreadable),
             "wrong_size": list(self.wrong_size),
             "grey": list(self.grey),
+            "ambiguous": list(self.ambiguous),
         }
 
 
@@ -118,8 +125,8 @@ def check_coco(
     return CocoCheck(path.name, splits, tuple(errors))
 
 
-class _Opened(Dataset[tuple[str, str]]):
-    """What opening a picture tells: a kind (missing, unreadable, wrong size, grey or none), and a name or sentence."""
+class _Opened(Dataset[list[tuple[str, str]]]):
+    """What opening a picture tells: of each of ``KINDS`` that it is, a name or sentence."""
 
     def __init__(self, data: CocoData) -> None:
         self.dataset = CocoDataset(data, masks=False)
@@ -128,27 +135,36 @@ class _Opened(Dataset[tuple[str, str]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[str, str]:
+    def __getitem__(self, index: int) -> list[tuple[str, str]]:
         path = self.dataset.data.images[index].path
         name = self.dataset.paths[index].as_posix()
         if path in self.missing:
-            return "missing", name
+            return [("missing", name)]
         try:
             pixels = np.asarray(self.dataset.load(index))
         except ImageSizeError as error:
-            return "wrong size", str(error)
+            return [("wrong size", str(error))]
         except ImageError as error:
-            return "unreadable", str(error)
-        # Some grey pictures are stored as RGB.
-        return ("grey" if (pixels[..., :1] == pixels[..., 1:]).all() else ""), name
+            return [("unreadable", str(error))]
+        is_grey = (pixels[..., :1] == pixels[..., 1:]).all()  # some grey pictures are stored as RGB
+        return [(kind, name) for kind, holds in (("grey", is_grey), ("ambiguous", _is_ambiguous(path))) if holds]
+
+
+def _is_ambiguous(path: Path) -> bool:
+    """Whether a picture is turned or mirrored by its EXIF data, and its sides do not show it."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            orientation = image.getexif().get(0x0112, 1)
+            return orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and image.width == image.height)
+    except Exception:  # broken EXIF data, which are ignored everywhere
+        return False
 
 
 def _check_split(data: CocoData, num_workers: int, watch: Callable[[Iterable[Any], int], Iterable[Any]]) -> CocoSplit:
     loader = DataLoader(_Opened(data), batch_size=None, num_workers=min(num_workers, describe_machine().cores))
     with explain_dead_worker():
-        found = list(watch(loader, len(data)))
-    kinds = ("missing", "unreadable", "wrong size", "grey")
-    return CocoSplit(data, *(tuple(text for found_kind, text in found if found_kind == kind) for kind in kinds))
+        found = [finding for findings in watch(loader, len(data)) for finding in findings]
+    return CocoSplit(data, *(tuple(text for found_kind, text in found if found_kind == kind) for kind in KINDS))
 
 
 def _compare(train: CocoData, validation: CocoData) -> list[str]:
@@ -156,10 +172,19 @@ def _compare(train: CocoData, validation: CocoData) -> list[str]:
     errors = []
     if (train.category_ids, train.class_names) != (validation.category_ids, validation.class_names):
         errors.append(f"{train.source} and {validation.source} must have the same categories, with the same ids")
-    paths = {image.path.resolve() for image in train.images}
-    if both := [image.path for image in validation.images if image.path.resolve() in paths]:
+    files = {_identify(image.path) for image in train.images}
+    if both := [image.path for image in validation.images if _identify(image.path) in files]:
         errors.append(f"{len(both):,} validation pictures are training pictures too, the first is {both[0]}")
     return errors
+
+
+def _identify(path: Path) -> object:
+    """Return device and inode of a file, which links share; of one that is missing, where it would be."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
 
 
 def _name_size(area: float) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,13 @@ class CocoDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image = self.data.images[index]
-        sample = to_tensor(self.load(index)), _create_target(image, masks=self._masks)
+        try:
+            loaded = self.load(index)
+        except ImageError as error:
+            # Of the path, what does not depend on the machine: a run's records keep the sentence.
+            name = self.root.name / self.paths[index]
+            raise type(error)(str(error).replace(str(image.path), name.as_posix())) from error
+        sample = to_tensor(loaded), _create_target(image, masks=self._masks)
         return self.transform(*sample) if self.transform else sample
 
     def load(self, index: int) -> Image.Image:
@@ -103,7 +109,7 @@ class DetectionTransform:
         max_size: What the longer side becomes at most.
         flip: Mirror half of the pictures, left to right.
         vertical_flip: Mirror half of the pictures, top to bottom.
-        multi_scale: Draw the shorter side anew for each picture, from the first to the second number of pixels.
+        multi_scale: Draw the shorter side anew for each picture, between these two factors of ``min_size``.
         scale_jitter: Large-scale jitter: resize by a factor drawn from this range on top, then crop sides that are
             longer than ``max_size``.
         antialias: Average where a picture shrinks; the published detectors do not.
@@ -124,10 +130,9 @@ class DetectionTransform:
     def __post_init__(self) -> None:
         if not 1 <= self.min_size <= self.max_size:
             raise ValueError(f"min_size={self.min_size} must be from 1 to max_size={self.max_size}")
-        if self.multi_scale is not None and not 1 <= self.multi_scale[0] <= self.multi_scale[1] <= self.max_size:
-            raise ValueError(f"multi_scale={self.multi_scale} must rise, from 1 to max_size={self.max_size}")
-        if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ValueError(f"scale_jitter={self.scale_jitter} must be factors above 0 that rise")
+        for name in ("multi_scale", "scale_jitter"):
+            if (factors := getattr(self, name)) is not None and not 0 < factors[0] <= factors[1]:
+                raise ValueError(f"{name}={factors} must be factors above 0 that rise")
         if self.multi_scale and self.scale_jitter:
             raise ValueError("multi_scale and scale_jitter both draw the size: give one of them")
 
@@ -147,7 +152,7 @@ class DetectionTransform:
     def _draw_size(self, height: int, width: int) -> tuple[int, int]:
         min_size = self.min_size
         if self.multi_scale:
-            low, high = map(int, self.multi_scale)
+            low, high = (max(round(factor * self.min_size), 1) for factor in self.multi_scale)
             min_size = int(torch.randint(low, high + 1, ()))
         size = fit_size(height, width, min_size, self.max_size)
         if self.scale_jitter:
@@ -206,9 +211,10 @@ def _create_target(image: CocoImage, *, masks: bool) -> Target:
         "image_id": image.id,
     }
     if masks:
-        size = image.height, image.width
-        drawn = [decode_mask(instance.segmentation, *size) for instance in instances if instance.segmentation]
-        target["masks"] = torch.stack(drawn) if drawn else torch.zeros(0, *size, dtype=torch.uint8)
+        # Masks of a large picture fill the memory: they are drawn into their place one by one.
+        target["masks"] = torch.empty(len(instances), image.height, image.width, dtype=torch.uint8)
+        for mask, instance in zip(target["masks"], instances, strict=True):
+            mask.copy_(decode_mask(cast(Any, instance.segmentation), image.height, image.width))
     return target
 
 

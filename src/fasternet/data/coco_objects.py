@@ -25,7 +25,7 @@ EMPTY_BOX = "objects left out: box of zero area"
 OUTSIDE = "objects left out: box wholly outside the picture"
 EMPTY_MASK = "objects left out: mask of zero area"
 NO_POLYGON = "objects left out: polygons with fewer than three points alone"
-NO_MASK = "objects left out: no mask, in a file that has masks"
+BOX_FOR_CROWD = "crowds without a mask: their box stands for it"
 SHORT_POLYGON = "polygons left out: fewer than three points"
 CLIPPED = "boxes clipped: they cross the picture's border"
 
@@ -70,10 +70,7 @@ def decode_mask(segmentation: list[list[float]] | Mapping[str, Any], height: int
         ValueError: The run-length encoding is damaged, or of another size.
         ModuleNotFoundError: faster-coco-eval is not installed.
     """
-    try:
-        from faster_coco_eval.core import mask as drawing
-    except ImportError:
-        raise ModuleNotFoundError("masks need faster-coco-eval: pip install 'fasternet[detection]'") from None
+    drawing = import_masks()
     if isinstance(segmentation, Mapping):
         _check_runs(segmentation, height, width)
         encoded = dict(segmentation)
@@ -85,6 +82,21 @@ def decode_mask(segmentation: list[list[float]] | Mapping[str, Any], height: int
         return torch.from_numpy(np.ascontiguousarray(drawing.decode(encoded)))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"a damaged run-length encoding: {str(error).rstrip('.')}") from None
+
+
+def import_masks() -> Any:
+    """Return the functions of faster-coco-eval on masks.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        from faster_coco_eval.core import mask
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "COCO's masks and scores need faster-coco-eval: pip install 'fasternet[detection]'"
+        ) from None
+    return mask
 
 
 def parse_instance(
@@ -237,9 +249,10 @@ def _measure(segmentation: Sequence[Sequence[float]] | Mapping[str, Any], height
     if isinstance(segmentation, Mapping):
         runs = segmentation["counts"]
         return float(sum(runs[1::2]) if isinstance(runs, list) else decode_mask(segmentation, height, width).sum())
-    return sum(map(_measure_polygon, segmentation))
+    return sum(map(measure_polygon, segmentation))
 
 
-def _measure_polygon(polygon: Sequence[float]) -> float:
+def measure_polygon(polygon: Sequence[float]) -> float:
+    """Return the area within an outline x, y, x, y ... in pixels."""
     points = list(zip(polygon[::2], polygon[1::2], strict=True))
     return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise([*points, points[0]]))) / 2

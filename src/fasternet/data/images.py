@@ -60,6 +60,20 @@ def decode_image(content: bytes, name: Path | str) -> Image.Image:
     return _read(io.BytesIO(content), name)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of a picture in mode ``RGB``: transparency on white, 16-bit and float values in 8 bits.
+
+    Raises:
+        ValueError: Grey values are beyond 16 bits, or floats beyond 0 to 1.
+    """
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")  # a copy, of an RGB picture too
+
+
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """List pictures in the order of ``paths``, each folder replaced by the pictures in it and below it.
 
@@ -104,7 +118,7 @@ def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) 
             if upright:
                 with contextlib.suppress(Exception):  # a picture with broken EXIF data is shown as it is
                     ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
     # Decoders fail on damaged files with whatever comes up: struct.error, IndexError, SyntaxError ...
     except Exception as error:
         raise ImageError(f"cannot read {name}: {_explain(source, error)}") from error
@@ -118,15 +132,6 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(folder / name)
         elif name.lower().endswith(IMAGE_SUFFIXES):
             yield folder / name
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

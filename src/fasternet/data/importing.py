@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fasternet.data import voc, yolo
+from fasternet.data.coco_objects import measure_polygon
 from fasternet.data.foreign import ForeignObject, ForeignPicture, Notes, Watch
 from fasternet.models.checkpoint import write_atomically
 
 Format = Literal["voc", "yolo"]
 
-NO_MASK = "objects without a mask: a detector with masks cannot learn from their pictures; --masks leaves these out"
+NO_MASK = "objects without a mask: training with masks leaves their pictures out, as --masks does here"
 MASKLESS = "pictures left out: an object has no mask"
 TWICE = "pictures in both splits: the evaluation is not fair"
 
@@ -218,6 +219,6 @@ def _describe_shape(found: ForeignObject) -> dict[str, Any]:
         return box | {"area": round((x1 - x0) * (y1 - y0), DECIMALS)}
     if isinstance(found.segmentation, dict):
         return box | {"area": sum(found.segmentation["counts"][1::2]), "segmentation": found.segmentation}
-    area = sum(map(yolo.measure_polygon, found.segmentation))
+    area = sum(map(measure_polygon, found.segmentation))
     polygons = [[round(value, DECIMALS) for value in polygon] for polygon in found.segmentation]
     return box | {"area": round(area, DECIMALS), "segmentation": polygons}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fasternet.data.foreign import (
 )
 from fasternet.data.images import ImageError
 
+UNLISTED = "pictures left out: no list of training or validation pictures names them"
 DIFFICULT = "objects marked as difficult: kept as any other"
 NO_OBJECT = "instance masks left out: they fit no object's box"
 CLASSES_ALONE = "class masks left out: without SegmentationObject they do not tell objects apart"
@@ -64,7 +66,11 @@ def read_voc(root: Path, notes: Notes, watch: Watch) -> dict[str, list[ForeignPi
     if not masks and (unused := find_labels(root / "SegmentationClass", ".png")):
         notes.setdefault(CLASSES_ALONE, []).extend(path.name for path in unused.values())
     splits = {}
-    for split, keys in _read_lists(root, pictures).items():
+    lists = _read_lists(root, pictures)
+    listed = {key for keys in lists.values() for key in keys}
+    if unlisted := [path.name for key, path in pictures.items() if key not in listed]:
+        notes.setdefault(UNLISTED, []).extend(unlisted)
+    for split, keys in lists.items():
         found = (_read_picture(key, pictures[key], labels.get(key), masks.get(key), notes) for key in keys)
         splits[split] = [picture for picture in watch(found, len(keys)) if picture is not None]
     return splits
@@ -160,14 +166,15 @@ def _read_object(node: ElementTree.Element, owner: str, size: tuple[int, int], n
 def _read_masks(path: Path, size: tuple[int, int]) -> dict[int, Mask]:
     """Return the mask of each instance, (H, W), by its number."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.mode not in ("P", "L"):
                 raise ValueError(
                     f"its mode is {image.mode}; instances are numbers in a palette (P) or grey (L) picture"
                 )
             numbers = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"instance mask {path} cannot be read: {error}") from None
+    except Exception as error:  # whatever decoders fail with
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"instance mask {path} cannot be read: {reason}") from None
     if numbers.shape != size[::-1]:
         raise ValueError(
             f"instance mask {path} has {numbers.shape[1]}x{numbers.shape[0]} pixels, not {size[0]}x{size[1]}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fasternet.data.coco_objects import measure_polygon
 from fasternet.data.datasets import VALIDATION_FOLDERS
 from fasternet.data.foreign import (
     NO_AREA,
@@ -27,10 +29,20 @@ from fasternet.data.foreign import (
 )
 from fasternet.data.images import ImageError, holds_image
 
+TEST_SPLIT = "folders left out: neither for training nor for validation"
 SAME_SPLIT = "validation left out: its folder is that of the training pictures"
 
 NAMES_FILE = "classes.txt"
 ROUNDING = 1e-3  # what a value may be beyond 0 to 1 by
+# Where pictures are if data.yaml does not say it.
+USUAL = {
+    "train": ("images/train", "train/images", "images/train2017"),
+    "val": (
+        *(part for name in VALIDATION_FOLDERS[:-1] for part in (f"images/{name}", f"{name}/images")),
+        "images/val2017",
+    ),
+    "test": ("images/test", "test/images", "images/test2017"),
+}
 
 
 def read_yolo(root: Path, notes: Notes, watch: Watch) -> tuple[tuple[str, ...], dict[str, list[ForeignPicture]]]:
@@ -84,6 +96,8 @@ def _read_settings(root: Path) -> dict[str, Any]:
         raise ValueError(f"{chosen[0]} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{chosen[0]} must hold names: a list of class names")
+    if "kpt_shape" in settings:
+        raise ValueError(f"{chosen[0]} is of poses, as its kpt_shape says; boxes or polygons can be imported")
     return settings | {"file": chosen[0]}
 
 
@@ -109,28 +123,32 @@ def _read_names(root: Path, settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _find_folders(root: Path, settings: dict[str, Any], notes: Notes) -> dict[str, Path]:
-    """Return the folders of pictures: those that data.yaml names, else the usual ones."""
-    usual = {
-        "train": ["images/train", "train/images", "images/train2017"],
-        "val": [part for name in VALIDATION_FOLDERS[:-1] for part in (f"images/{name}", f"{name}/images")]
-        + ["images/val2017"],
-    }
-    folders: dict[str, Path] = {}
-    for split, parts in usual.items():
-        value = settings.get(split)
-        named = Path(value.removeprefix("../") if isinstance(value, str) else "")
-        if named.parts and not named.is_absolute() and ".." not in named.parts:
-            parts = [str(named), *parts]
-        if folder := next((root / part for part in parts if (root / part).is_dir()), None):
+    """Return the folders of pictures: those that data.yaml names, else the usual ones; a test folder is noted."""
+    folders = {split: _name_folder(root, settings, split) for split in ("train", "val") if settings.get(split)}
+    for split, parts in USUAL.items():
+        if split not in folders and (folder := next((root / part for part in parts if (root / part).is_dir()), None)):
             folders[split] = folder
+    if (test := folders.pop("test", None)) and test not in folders.values():
+        notes[TEST_SPLIT] = [str(test.relative_to(root))]
     if not folders and (root / "images").is_dir() and holds_image(root / "images"):
         return {"train": root / "images"}
     if "train" not in folders:
-        looked = ", ".join([*usual["train"], "images"])
+        looked = ", ".join([*USUAL["train"], "images"])
         raise FileNotFoundError(f"no folder of training pictures in {root}: looked for {looked}")
     if folders.get("val") == folders["train"]:
         notes[SAME_SPLIT] = [str(folders.pop("val").relative_to(root))]
     return folders
+
+
+def _name_folder(root: Path, settings: dict[str, Any], split: str) -> Path:
+    """Return the folder that data.yaml names; Roboflow starts such paths with ``../``, and means its own folder."""
+    value, top = settings[split], root.absolute()
+    if isinstance(value, str):
+        folder = top / value.removeprefix("../")  # an absolute path stays one
+        if ".." not in Path(value.removeprefix("../")).parts and folder.is_relative_to(top) and folder.is_dir():
+            return root / folder.relative_to(top)
+    told = f"{settings['file']}: {split} is {reprlib.repr(value)}, which is no folder in {root}"
+    raise ValueError(f"{told}: name one, or delete the line for the usual ones")
 
 
 def _read_picture(
@@ -185,9 +203,3 @@ def _read_object(
         notes.setdefault(NO_AREA, []).append(owner)
         return None
     return ForeignObject(name, box, [polygon])
-
-
-def measure_polygon(polygon: Sequence[float]) -> float:
-    """Return the area within an outline x, y, x, y ... in pixels."""
-    points = list(zip(polygon[::2], polygon[1::2], strict=True))
-    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True))) / 2

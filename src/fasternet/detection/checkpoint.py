@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from fasternet.detection.detector import Detector, DetectorConfig, Kind, build_detector
+from fasternet.detection.optimize import check_unoptimized
 from fasternet.models import convert
 from fasternet.models.checkpoint import (
     CONFIG_FILE,
@@ -19,9 +20,12 @@ from fasternet.models.checkpoint import (
     read_facts,
     write_model_folder,
 )
-from fasternet.rivals.network import load_state
+from fasternet.models.fasternet import FasterNet
+from fasternet.rivals.network import is_fasternet, load_state, resolve_network
 
 OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+OF_RECIPE = ("fpn_channels", "box_head_width", "mask_head_channels", "head_norm")  # fields that weights depend on
+UNSEEN = ("drop_path_rate", "drop_rate", "head_width", "num_classes")  # options that a backbone's weights do not show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,10 @@ def save_detector(
             of this package, PyTorch and timm are added.
 
     Raises:
-        ValueError: Names or numbers are not as many as the classes, or a fact is no plain data.
+        ValueError: It is an optimised one, names or numbers are not as many as the classes, or a fact is no plain data.
         OSError: The disk is full or not writable; what the folder held before stays valid.
     """
+    check_unoptimized(model)
     config = model.config
     for argument, values in (("class_names", class_names), ("category_ids", category_ids)):
         if values is not None and len(values) != config.num_classes:
@@ -110,36 +115,34 @@ def load_detector(path: Path | str) -> DetectorCheckpoint:
     )
 
 
-def load_weights(model: Detector, path: Path) -> list[str]:
-    """Start a detector from another one; where the number of classes differs, what tells classes stays fresh.
+def load_weights(model: Detector, path: Path, class_names: Sequence[str] | None = None) -> str | None:
+    """Start a detector from another one; what tells classes stays fresh where the classes are others.
 
     Args:
-        model: The detector to fill.
+        model: The detector to fill; nothing is written to it unless all fits.
         path: A model or run folder of a detector, or a published file.
+        class_names: Of the data, from label 1 on.
 
     Returns:
-        The names of what stays fresh.
+        What stays fresh and why, in a sentence; None: nothing does.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
-        ValueError: It does not fit.
+        ValueError: It is a detector of another kind, backbone or width; the message says what would fit.
     """
-    from fasternet.detection.mmdet import load_mmdet
-
-    state = (load_detector(path).model if path.is_dir() else load_mmdet(path)).state_dict()
-    own = model.state_dict()
-    fresh = [
-        name for name in own if name.startswith(OF_CLASSES) and name in state and state[name].shape != own[name].shape
-    ]
-    missing = [name for name in own if name not in state]
-    wrong = [name for name in own if name in state and name not in fresh and state[name].shape != own[name].shape]
-    extra = [name for name in state if name not in own]
-    for problem, names in (("missing", missing), ("of another shape", wrong), ("not known", extra)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{path} does not fit the detector: {problem}: {', '.join(names[:3])}{more}")
-    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in fresh}, strict=False)
-    return fresh
+    loaded = load_detector(path) if path.is_dir() else _load_file(path, model)
+    _check_fit(path, loaded.model, model)
+    found, wanted, reason = loaded.model.config.num_classes, model.config.num_classes, None
+    if found != wanted:
+        reason = f"{path} has {found} classes and the data {wanted}"
+    elif class_names is not None and loaded.class_names not in (None, tuple(class_names)):
+        pairs = zip(cast(Sequence[str], loaded.class_names), class_names, strict=True)
+        theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+        reason = f"{path} has the class {theirs!r} where the data have {ours!r}"
+    state = loaded.model.state_dict()
+    fresh = OF_CLASSES if reason else ()
+    model.load_state_dict({k: tensor for k, tensor in state.items() if not k.startswith(fresh)}, strict=False)
+    return f"{reason}: the layers that tell classes start fresh" if reason else None
 
 
 def is_detector(path: Path) -> bool:
@@ -147,6 +150,69 @@ def is_detector(path: Path) -> bool:
     if path.is_dir():
         return read_config(path)[1].get("architecture") in get_args(Kind)
     return any(key.startswith("roi_head.") for key in convert.read_state(path))
+
+
+def _load_file(path: Path, model: Detector) -> DetectorCheckpoint:
+    """Read a published file as a detector over another one's backbone: a width of its own has no name in the file."""
+    from fasternet.detection.mmdet import load_mmdet
+
+    config, body = model.config, model.backbone.body
+    if not isinstance(body, FasterNet):
+        raise ValueError(f"{path} is a detector over a FasterNet, and the backbone {config.backbone} is to be trained")
+    state = convert.read_state(path)
+    try:
+        variant = convert.identify_variant(state)
+    except (ValueError, IndexError):
+        variant = config.backbone
+    _check_backbone(path, variant, config.backbone)
+    embedding = state.get("backbone.patch_embed.proj.weight")
+    if embedding is not None and len(embedding) != body.config.width:
+        _refuse_options(path, {"width": len(embedding)})
+    options = {name: value for name, value in config.backbone_options.items() if name not in (*UNSEEN, "feature_norm")}
+    loaded = load_mmdet(path, config.backbone, backbone_options=options)
+    return DetectorCheckpoint(model=loaded, class_names=None, category_ids=None)
+
+
+def _check_fit(path: Path, found: Detector, wanted: Detector) -> None:
+    """Refuse weights of a detector that is configured otherwise than the one to train."""
+    theirs, ours = found.config, wanted.config
+    if theirs.kind != ours.kind:
+        remedy = "which the data need masks for" if theirs.kind == "mask_rcnn" else "which is --boxes-only"
+        raise ValueError(
+            f"{path} is a {theirs.kind}, and a {ours.kind} is to be trained: take kind={theirs.kind}, {remedy}"
+        )
+    _check_backbone(path, theirs.backbone, ours.backbone)
+    options, own = _list_options(found), _list_options(wanted)
+    if others := {name: options.get(name) for name in options | own if options.get(name) != own.get(name)}:
+        _refuse_options(path, others)
+    names = [name for name in OF_RECIPE if name != "mask_head_channels" or theirs.kind == "mask_rcnn"]
+    fields = {name: getattr(theirs, name) for name in names if getattr(theirs, name) != getattr(ours, name)}
+    norms = [bool(config.backbone_options.get("feature_norm")) for config in (theirs, ours)]
+    fields |= {} if norms[0] == norms[1] else {"feature_norm": norms[0]}
+    if fields:
+        values = [f"{name}={str(value).lower()}" for name, value in fields.items()]
+        changes = " ".join(f"--set {value}" for value in values)
+        raise ValueError(f"{path} has {', '.join(values)}, and the recipe has not: add {changes}")
+
+
+def _check_backbone(path: Path, found: str, wanted: str) -> None:
+    theirs, ours = (
+        name.partition(".")[0] if is_fasternet(name) else resolve_network(name).builder for name in (found, wanted)
+    )
+    if theirs != ours:
+        raise ValueError(f"{path} has the backbone {found}, and {wanted} is to be trained: name {found}")
+
+
+def _list_options(model: Detector) -> dict[str, Any]:
+    """Return what a backbone is built with, as far as weights and function depend on it."""
+    body = model.backbone.body
+    options = dataclasses.asdict(body.config) if isinstance(body, FasterNet) else dict(model.config.backbone_options)
+    return {name: value for name, value in options.items() if name not in UNSEEN}
+
+
+def _refuse_options(path: Path, options: Mapping[str, Any]) -> NoReturn:
+    listed = ", ".join(f"{name}={value}" for name, value in options.items())
+    raise ValueError(f"{path} has a backbone with {listed}: give it the same (--width, or backbone_options)")
 
 
 def _write_card(config: DetectorConfig, own: Mapping[str, Any]) -> str:

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fasternet.detection.heads import Heads
-from fasternet.detection.layers import ASPECT_RATIOS, Anchors, RegionAlign, SymmetricBoxCoder
+from fasternet.detection.layers import (
+    ASPECT_RATIOS,
+    AnchorMatcher,
+    Anchors,
+    ProposalNetwork,
+    RegionAlign,
+    SymmetricBoxCoder,
+)
 from fasternet.detection.transform import DetectorTransform
 from fasternet.rivals import is_fasternet
 from fasternet.rivals.backbone import create_backbone
@@ -33,6 +40,7 @@ BOX_SIZE, MASK_SIZE = 7, 14  # sides of what the heads see of a region
 MASK_LAYERS = 4
 NORM_LAYERS: Mapping[HeadNorm, type[nn.Module] | None] = {"none": None, "bn": nn.BatchNorm2d}
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+RPN_OVERLAPS = (0.7, 0.3)  # of an anchor with an object: from here on it is one, below it is background
 
 # Appendix B, Table 7: stochastic depth of the variants that were published.
 DROP_PATH_RATES: Mapping[str, float] = {"fasternet_s": 0.15, "fasternet_m": 0.2, "fasternet_l": 0.3}
@@ -192,8 +200,10 @@ def create_detector(
         num_classes: Kinds of objects; the background, which torchvision counts, is not counted.
         pretrained_backbone: Start from published ImageNet weights, downloading them once.
         backbone_checkpoint: Start from these weights: a model or run folder, or a file in any format.
-        feature_norm: A BN on each of FasterNet's maps, as in the published detectors; None: for a FasterNet, yes.
-        drop_path_rate: Stochastic depth; None: as published for S, M and L, 0 for the others.
+        feature_norm: A BN on each of FasterNet's maps, as in the published detectors; None: as ``backbone_options`` has
+            it, else for a FasterNet, yes.
+        drop_path_rate: Stochastic depth; None: as ``backbone_options`` has it, else as published for S, M and L, 0 for
+            the others.
         freeze_stages: Stages of a FasterNet that are not trained, from the first, with the embedding.
         frozen_batch_norm: BN keeps its statistics, in the whole detector.
         backbone_options: Further arguments of ``create_backbone``: ``width``, ``depths`` ...
@@ -210,17 +220,15 @@ def create_detector(
     allowed = [f.name for f in dataclasses.fields(DetectorConfig) if f.name not in ("kind", "backbone")]
     if unknown := sorted(set(fields) - set(allowed)):
         raise ValueError(f"unknown option {', '.join(unknown)}: a detector takes {', '.join(allowed)}")
-    options = dict(backbone_options or {})
+    given = {"feature_norm": feature_norm, "drop_path_rate": drop_path_rate}
+    options = dict(backbone_options or {}) | {name: value for name, value in given.items() if value is not None}
     if is_fasternet(backbone):
-        variant = backbone.partition(".")[0]
-        options["feature_norm"] = True if feature_norm is None else feature_norm
-        rate = DROP_PATH_RATES.get(variant, 0.0) if drop_path_rate is None else drop_path_rate
-    elif feature_norm:
+        options.setdefault("feature_norm", True)
+        options.setdefault("drop_path_rate", DROP_PATH_RATES.get(backbone.partition(".")[0], 0.0))
+    elif options.pop("feature_norm", False):
         raise ValueError(f"feature_norm=True is for FasterNet's maps, and the backbone is {backbone}")
-    else:
-        rate = drop_path_rate or 0.0
-    if rate:
-        options["drop_path_rate"] = rate
+    if options.get("drop_path_rate") == 0:
+        del options["drop_path_rate"]  # every network's default
     config = DetectorConfig(kind=kind, backbone=backbone, num_classes=num_classes, backbone_options=options, **fields)
     body = create_backbone(
         backbone, pretrained=pretrained_backbone, checkpoint_path=backbone_checkpoint, **config.backbone_options
@@ -239,12 +247,11 @@ def _create_transform(config: DetectorConfig) -> DetectorTransform:
     return DetectorTransform(config.min_size, config.max_size, antialias=config.antialias)
 
 
-def _create_rpn(config: DetectorConfig) -> RegionProposalNetwork:
-    rpn = RegionProposalNetwork(
+def _create_rpn(config: DetectorConfig) -> ProposalNetwork:
+    rpn = ProposalNetwork(
         Anchors(),
         RPNHead(config.fpn_channels, len(ASPECT_RATIOS)),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
+        *RPN_OVERLAPS,
         batch_size_per_image=256,
         positive_fraction=0.5,
         pre_nms_top_n={"training": 2000, "testing": 1000},
@@ -252,6 +259,7 @@ def _create_rpn(config: DetectorConfig) -> RegionProposalNetwork:
         nms_thresh=0.7,
     )
     rpn.box_coder = SymmetricBoxCoder(rpn.box_coder.weights)
+    rpn.proposal_matcher = AnchorMatcher(*RPN_OVERLAPS, allow_low_quality_matches=True)
     return rpn
 
 

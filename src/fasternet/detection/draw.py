@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fasternet.data.images import to_rgb
+
 if TYPE_CHECKING:
     from fasternet.detection.predictor import Detection
 
@@ -60,15 +62,18 @@ def draw_detections(image: Image.Image, detections: Sequence[Detection], *, scor
     """Draw detections, the strongest on top.
 
     Args:
-        image: Of any mode; it is not modified. Transparency is laid on white.
+        image: Of any mode; it is not modified. Transparency is laid on white, 16-bit values are rescaled.
         detections: The strongest first, as a predictor gives them, with boxes and masks in pixels of ``image``. Each
             is asked for once, so that a lazy sequence has one mask in memory.
         scores: Write the score behind the name.
 
     Returns:
         A new picture of mode ``RGB`` and the same size.
+
+    Raises:
+        ValueError: Its grey values cannot be rescaled; see ``to_rgb``.
     """
-    picture = _to_rgb(image)
+    picture = to_rgb(image)
     style = choose_style(picture.size)
     labels = []
     for detection in reversed(detections):
@@ -121,14 +126,6 @@ def place_labels(labels: Sequence[Label], size: tuple[int, int]) -> list[tuple[i
             taken.append(best)
             places.append(best[:2])
     return places
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a copy."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _draw_mask(picture: Image.Image, mask: Tensor, offset: tuple[int, int], color: Color, line: int) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from fasternet.data.coco import CocoData, to_document
 from fasternet.data.coco_dataset import CocoDataset, merge_pictures
+from fasternet.data.coco_objects import import_masks
 from fasternet.data.loaders import create_loader
-from fasternet.detection.results import import_masks, to_results
+from fasternet.detection.results import to_results
 from fasternet.timing import Track, silent
 from fasternet.train.distributed import World, gather
+from fasternet.train.loop import NotFiniteError
 
 ALONE = World()
 DIGITS = 12  # COCO adds 2e-16 to each denominator: a perfect detector has an AP of 1, and not a little less
@@ -67,10 +69,12 @@ def evaluate_detector(
 
     Args:
         predict: From pictures (3, H, W), floats from 0 to 1 on the CPU, to what a ``Detector`` returns, on any device;
-            a module has to be in evaluation mode. Masks that are not laid into the picture cost the least memory.
+            a module has to be in evaluation mode; see ``check_finite`` for what is none. Masks that are not laid into
+            the picture cost the least memory.
         data: Pictures and objects.
         masks: Score masks too.
-        batch_size: Pictures that ``predict`` takes at a time.
+        batch_size: Pictures that ``predict`` takes at a time; a detector pads them to the largest, which may move the
+            AP a little.
         num_workers: Processes that load pictures; 0 loads in this one.
         world: The processes that share the pictures out.
         track: Shows progress.
@@ -84,9 +88,8 @@ def evaluate_detector(
         ModuleNotFoundError: faster-coco-eval is not installed.
     """
     _check_objects(data, masks=masks)
-    if isinstance(predict, nn.Module) and not all(x.isfinite().all() for x in predict.state_dict().values()):
-        # Such a network finds nothing: torchvision drops what is not a number.
-        raise ValueError("the weights of the network are not finite: they are damaged or training diverged")
+    if isinstance(predict, nn.Module):
+        check_finite(predict)
     loader = create_loader(
         CocoDataset(data, masks=False),
         batch_size,
@@ -114,6 +117,22 @@ def evaluate_detector(
     by_image = {image_id: results for share, _ in shares for image_id, results in share.items()}
     results = [result for image in data.images for result in by_image[image.id]]
     return score_results(data, results, masks=masks)
+
+
+def check_finite(model: nn.Module, name: object = "the network") -> None:
+    """Refuse a network whose weights or statistics of BN are not finite.
+
+    It would find nothing, and that in silence: torchvision drops what is not a number.
+
+    Args:
+        model: The network.
+        name: What the message calls it.
+
+    Raises:
+        NotFiniteError: They are not.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise NotFiniteError(f"the weights of {name} are not finite: they are damaged or training diverged")
 
 
 def score_results(data: CocoData, results: Sequence[Mapping[str, Any]], *, masks: bool) -> DetectionEvaluation:

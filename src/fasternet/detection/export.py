@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -46,12 +47,14 @@ class OnnxDetector:
         class_names: By label, from label 1 on; None where the file has none.
         category_ids: The annotations' numbers of the same classes; None where the file has none.
         full_masks: Masks are those of the whole picture, (K, 1, H, W); else (K, 1, 28, 28), those in the boxes.
+        fingerprint: A hash of the file.
     """
 
     config: DetectorConfig
     class_names: tuple[str, ...] | None
     category_ids: tuple[int, ...] | None
     full_masks: bool
+    fingerprint: str
     _session: Any = dataclasses.field(repr=False)
 
     def __call__(self, images: Sequence[Tensor], *, score_threshold: float | None = None) -> list[dict[str, Tensor]]:
@@ -179,7 +182,9 @@ def load_onnx(path: Path | str, *, threads: int | None = None) -> OnnxDetector:
     except Exception as error:  # ONNX Runtime has many, of one base
         text = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no detector of detect export ({type(error).__name__}: {text})") from None
-    return OnnxDetector(config, names, numbers, full_masks, session)
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    return OnnxDetector(config, names, numbers, full_masks, fingerprint, session)
 
 
 def _require(*packages: str) -> None:

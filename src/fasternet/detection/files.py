@@ -1,7 +1,7 @@
 """Finds the objects in many pictures: a drawing of each, and one COCO document; in bounded memory, resumed.
 
 While it runs, ``detections.json.part`` grows in the output folder: a line of settings, then one per picture that is
-drawn. In the end it becomes ``detections.json``.
+drawn. In the end it becomes ``detections.json``, from which it is made again where pictures are added.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, BinaryIO, TextIO
 
 from PIL import Image
 
+from fasternet.data.coco_objects import import_masks
 from fasternet.data.images import ImageError, list_images, load_image
 from fasternet.detection.draw import draw_detections
 from fasternet.detection.predictor import DetectionPredictor, Detections, check_threshold
-from fasternet.detection.results import import_masks, to_results
+from fasternet.detection.results import to_results
 from fasternet.models.checkpoint import write_atomically
 from fasternet.timing import Track, silent
 
@@ -29,11 +30,11 @@ JPEG_SIDE = 65500  # pixels, at most
 
 @dataclasses.dataclass(frozen=True)
 class FolderPrediction:
-    """What a call of ``predict_to_folder`` did.
+    """What ``predict_to_folder`` made.
 
     Attributes:
         document: The COCO document.
-        num_images: Pictures that it drew.
+        num_images: Pictures in it, those of resumed runs too.
         num_detections: Objects in them.
         errors: A sentence for each picture that could not be read.
     """
@@ -60,11 +61,13 @@ def predict_to_folder(
         predictor: What finds objects.
         images: Picture files, drawn into ``output`` itself, and folders, whose structure is kept below it. A PNG file
             is drawn into a PNG file, any other into a JPEG file; of two of one name the second gets a number.
-        output: A folder that is empty or not there yet. In the end its ``detections.json`` has ``images``
-            (``file_name`` as given, and ``drawing``, relative to ``output``), ``categories``, and ``annotations``:
-            COCO's, with a ``score``, masks as compressed run lengths.
+        output: A folder that is empty or not there yet. In the end its ``detections.json`` has ``info``
+            (``score_threshold``, and ``weights``, their fingerprint), ``images`` (``file_name`` as given, and
+            ``drawing``, relative to ``output``), ``categories``, and ``annotations``: COCO's, with a ``score``, masks
+            as compressed run lengths.
         score_threshold: Weaker detections are left out; so are those below the detector's own threshold.
-        resume: Go on where a run with the same arguments stopped; one that is done stays as it is.
+        resume: Go on where a run with the same settings stopped; to one that is done, pictures are added that are new
+            or could not be read before.
         on_error: Called with the error of each picture that cannot be read; the others are predicted.
         track: Shows progress.
 
@@ -78,8 +81,6 @@ def predict_to_folder(
     pictures = _list_pictures(images, output)
     _check_output(output, resume)
     document, part = output / DOCUMENT, output / PART
-    if document.exists():
-        return FolderPrediction(document, 0, 0, ())
     settings = {
         "score_threshold": score_threshold,
         "weights": predictor.fingerprint,
@@ -89,10 +90,12 @@ def predict_to_folder(
         ],
     }
     output.mkdir(parents=True, exist_ok=True)
+    if document.exists() and not part.exists():
+        _reopen(document, part, settings)
     errors: list[str] = []
-    num_images = num_detections = 0
     with part.open("a+b") as file:
-        done = _resume_part(file, settings)
+        done, num_detections = _resume_part(file, settings)
+        num_images = len(done)
         used = {name.casefold() for name in done.values()}
         for path, relative in track(pictures.items(), len(pictures), "detecting"):
             if path in done:
@@ -107,9 +110,8 @@ def predict_to_folder(
             found = predictor.predict_image(image, score_threshold=score_threshold)
             name = _choose_name(relative, image, used)
             _draw(image, found, output / name)
-            image_id = len(done) + num_images + 1
-            _append(file, _describe(path, name, image_id, found, predictor.category_ids))
             num_images, num_detections = num_images + 1, num_detections + len(found)
+            _append(file, _describe(path, name, num_images, found, predictor.category_ids))
             del image, found  # before the next picture is read: each may take gigabytes
     write_atomically(document, lambda path: _compose(part, path))
     part.unlink()
@@ -134,11 +136,36 @@ def _check_output(output: Path, resume: bool) -> None:
     raise FileExistsError(f"output {output} is not empty: name a new folder, or resume to go on with this one")
 
 
-def _resume_part(file: BinaryIO, settings: dict[str, Any]) -> dict[str, str]:
-    """Return the drawings of the pictures that a part has, by their paths; what was half written is cut off."""
+def _reopen(document: Path, part: Path, settings: dict[str, Any]) -> None:
+    """Make the part of a run that is done again from its document, which stays until there is more."""
+    try:
+        content = json.loads(document.read_bytes())
+        begun = {**content["info"], "categories": content["categories"]}
+        lines = {image["id"]: {"image": image, "annotations": []} for image in content["images"]}
+        for annotation in content["annotations"]:
+            del annotation["id"]
+            lines[annotation["image_id"]]["annotations"].append(annotation)
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{document} is damaged, or of another program: name a new output folder") from None
+    _check_settings(document, begun, settings)
+    text = "".join(json.dumps(line) + "\n" for line in (begun, *lines.values()))
+    write_atomically(part, lambda temporary: temporary.write_text(text))
+
+
+def _check_settings(file: Path | str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise ValueError(f"{file} was begun with other {name.replace('_', ' ')}: name a new output folder")
+
+
+def _resume_part(file: BinaryIO, settings: dict[str, Any]) -> tuple[dict[str, str], int]:
+    """Return the drawings of the pictures that a part has, by their paths, and how many objects are in them.
+
+    What was half written is cut off.
+    """
     file.seek(0)
     drawings: dict[str, str] = {}
-    end = 0
+    end = num_detections = 0
     for number, line in enumerate(file):
         if not line.endswith(b"\n"):
             break
@@ -146,16 +173,16 @@ def _resume_part(file: BinaryIO, settings: dict[str, Any]) -> dict[str, str]:
             content = json.loads(line)
         except ValueError:
             raise ValueError(f"{file.name} is damaged in line {number + 1}: name a new output folder") from None
-        if number == 0 and content != settings:
-            other = next(name for name in settings if content.get(name) != settings[name])
-            raise ValueError(f"{file.name} was begun with other {other.replace('_', ' ')}: name a new output folder")
-        if number > 0:
+        if number == 0:
+            _check_settings(file.name, content, settings)
+        else:
             drawings[content["image"]["file_name"]] = content["image"]["drawing"]
+            num_detections += len(content["annotations"])
         end += len(line)
     file.truncate(end)
     if end == 0:
         _append(file, settings)
-    return drawings
+    return drawings, num_detections
 
 
 def _append(file: BinaryIO, line: dict[str, Any]) -> None:
@@ -183,7 +210,7 @@ def _describe(path: str, drawing: str, image_id: int, found: Detections, categor
     """Return a picture and its objects as COCO has them."""
     height, width = found.size
     image = {"id": image_id, "file_name": path, "width": width, "height": height, "drawing": drawing}
-    annotations = to_results(found.found, image_id, found.size, category_ids)
+    annotations = to_results(found.found, image_id, found.size, category_ids, pasted=False)
     for annotation in annotations:
         if "segmentation" in annotation:
             area = float(import_masks().area(annotation["segmentation"]))
@@ -201,7 +228,8 @@ def _compose(part: Path, path: Path) -> None:
         annotations = itertools.chain.from_iterable(
             line["annotations"] for line in itertools.islice(_read(part), 1, None)
         )
-        file.write('{"images": [')
+        info = {name: value for name, value in settings.items() if name != "categories"}
+        file.write(f'{{"info": {json.dumps(info)},\n"images": [')
         _write_list(file, images)
         file.write(f'],\n"categories": {json.dumps(settings["categories"])},\n"annotations": [')
         _write_list(file, ({"id": number, **annotation} for number, annotation in enumerate(annotations, 1)))

@@ -1,6 +1,7 @@
 """The heads on the regions of a picture: classes, boxes, masks, and their losses (torchvision's, but for the targets).
 
-Masks are taught where they are laid: torchvision cuts their targets out half a pixel beside the regions.
+Masks are taught where they are laid, as 0 or 1: torchvision cuts their targets out half a pixel beside the regions, and
+has fractions at their edges.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ def cut_masks(masks: Tensor, boxes: Tensor, matches: Tensor, size: int = 28) -> 
         size: Side of what is cut out.
 
     Returns:
-        (K, size, size), averages over the cells, from 0 to 1.
+        (K, size, size), 1 where an object fills at least half of a cell, else 0.
     """
     if not len(boxes):
         return boxes.new_zeros(0, size, size)
     regions = torch.cat([matches[:, None].to(boxes), boxes], dim=1)
-    return cast(Tensor, roi_align(masks[:, None].to(boxes), regions, size, aligned=True)[:, 0])
+    covered: Tensor = roi_align(masks[:, None].to(boxes), regions, size, aligned=True)[:, 0]
+    return (covered >= 0.5).to(boxes)

@@ -1,7 +1,8 @@
 """What torchvision's Mask R-CNN computes otherwise than the published detectors (mmdet 2), computed as they do.
 
-Three things differ: anchors keep their fractions and the strides of their levels, regions are aligned to pixel
-centres with as many samples as they need, and masks are laid into a picture by sampling at its pixel centres.
+Anchors keep their fractions and the strides of their levels, an object without an anchor that suits it gets none,
+regions are aligned to pixel centres with as many samples as they need, and masks are laid into a picture by sampling at
+its pixel centres. Proposals are ranked and masks laid in fp32 under autocast too.
 
 Shapes: maps (N, C, H / s, W / s) at strides s of 4 to 64; boxes (K, 4) as x0, y0, x1, y1 in pixels; masks (K, m, m).
 """
@@ -12,9 +13,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 STRIDES = (4, 8, 16, 32, 64)  # of the pyramid's levels
@@ -67,6 +69,33 @@ class SymmetricBoxCoder(BoxCoder):  # type: ignore[misc]
         return cast(Tensor, super().decode_single(codes.flatten(1), boxes))
 
 
+class AnchorMatcher(Matcher):  # type: ignore[misc]
+    """Gives an object without a good anchor its best ones, if they overlap it by ``low_threshold`` at least.
+
+    torchvision's gives an object of a few pixels every anchor around it, all of which overlap it alike.
+    """
+
+    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
+        """Match the best anchors of each object in place; overlaps are (objects, anchors)."""
+        suited = match_quality_matrix.amax(1) >= self.low_threshold
+        super().set_low_quality_matches_(matches, all_matches, match_quality_matrix[suited])
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
+    """Ranks proposals in fp32, whatever the head computes in: bf16 rounds each probability above 0.998 to 1."""
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the proposals of each picture and their probabilities, the best first."""
+        found = super().filter_proposals(proposals, objectness.float(), image_shapes, num_anchors_per_level)
+        return cast(tuple[list[Tensor], list[Tensor]], found)
+
+
 class RegionAlign(MultiScaleRoIAlign):  # type: ignore[misc]
     """Cuts regions out of the level that suits their size, aligned to pixel centres, with enough samples.
 
@@ -98,7 +127,7 @@ class RegionAlign(MultiScaleRoIAlign):  # type: ignore[misc]
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Lay masks into their boxes in a picture, sampled bilinearly at the centres of its pixels.
 
-    Bilinear sampling on a grid is two matrix products, which any runtime has.
+    Bilinear sampling on a grid is two matrix products, which any runtime has; they are computed in fp32.
 
     Args:
         masks: (K, m, m), probabilities.
@@ -109,9 +138,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
     Returns:
         (K, height, width), 0 outside of the boxes.
     """
+    boxes = boxes.float()
     rows = _interpolate(masks.shape[1], boxes[:, 1], boxes[:, 3], torch.arange(height, device=masks.device))
     columns = _interpolate(masks.shape[2], boxes[:, 0], boxes[:, 2], torch.arange(width, device=masks.device))
-    return rows @ masks @ columns.transpose(1, 2)  # (K, H, m) (K, m, m) (K, m, W)
+    return _sample(rows, masks, columns)
 
 
 def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
@@ -126,6 +156,7 @@ def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> tuple[Tens
     Returns:
         The part (h, w) of what ``paste_masks`` returns that can be above 0, and its first row and column.
     """
+    box = box.float()
     x0, y0, x1, y1 = box.tolist()
     margin_x, margin_y = (x1 - x0) / mask.shape[1], (y1 - y0) / mask.shape[0]
     top, left = max(int(y0 - margin_y), 0), max(int(x0 - margin_x), 0)
@@ -134,7 +165,7 @@ def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> tuple[Tens
     xs = torch.arange(left, max(right, left), device=mask.device)
     rows = _interpolate(mask.shape[0], box[1:2], box[3:4], ys)[0]
     columns = _interpolate(mask.shape[1], box[0:1], box[2:3], xs)[0]
-    return rows @ mask @ columns.T, top, left
+    return _sample(rows, mask, columns), top, left
 
 
 def _interpolate(num_cells: int, start: Tensor, end: Tensor, pixels: Tensor) -> Tensor:
@@ -143,3 +174,9 @@ def _interpolate(num_cells: int, start: Tensor, end: Tensor, pixels: Tensor) -> 
     position = (pixels + 0.5 - start[:, None]) / size * num_cells - 0.5  # (K, pixels), in cells
     cells = torch.arange(num_cells, device=pixels.device)
     return (1 - (position[..., None] - cells).abs()).clamp(min=0)
+
+
+def _sample(rows: Tensor, masks: Tensor, columns: Tensor) -> Tensor:
+    """Return (..., H, m) (..., m, m) (..., m, W) in fp32: under autocast the products would be rounded to bf16."""
+    with torch.autocast(masks.device.type, enabled=False):
+        return rows @ masks.float() @ columns.transpose(-2, -1)

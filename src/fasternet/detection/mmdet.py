@@ -7,6 +7,7 @@ equal by ``fasternet.detection.layers`` and by ``antialias=False``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fasternet.detection.detector import Detector, Kind, create_detector
+from fasternet.detection.optimize import check_unoptimized, fold_head_norms
 from fasternet.models import convert
 from fasternet.models.checkpoint import write_atomically
 from fasternet.models.fasternet import FasterNet
@@ -42,13 +44,18 @@ _UNUSED = {"roi_head.bbox_head.fc_reg": 4, "roi_head.mask_head.conv_logits": 1} 
 def to_mmdet(model: Detector) -> dict[str, Tensor]:
     """Return a detector's tensors under mmdet's names, contiguous.
 
+    The BN of neck and mask head, which the published detectors do not have, is folded into the convolutions: what is
+    read again computes the same, with ``head_norm="none"``.
+
     Raises:
-        ValueError: Its backbone is no FasterNet, or its head has BN.
+        ValueError: It is an optimised one, or its backbone is no FasterNet.
     """
+    check_unoptimized(model)
     if not isinstance(model.backbone.body, FasterNet):
         raise ValueError(f"mmdet's format is known for FasterNet's backbones, and this is a {model.config.backbone}")
     if model.config.head_norm != "none":
-        raise ValueError(f"the published detectors have no BN in neck and heads, head_norm={model.config.head_norm}")
+        model = copy.deepcopy(model).eval()
+        fold_head_norms(model)
     return {_rename(key): _export(_rename(key), tensor) for key, tensor in model.state_dict().items()}
 
 
@@ -75,6 +82,8 @@ def from_mmdet(
     Raises:
         ValueError: Keys are missing or extra, or shapes differ; the message lists them in the file's names.
     """
+    if fields.get("head_norm", "none") != "none":
+        raise ValueError(f"head_norm={fields['head_norm']} must be none: mmdet's detectors have no BN there")
     try:
         variant = backbone or convert.identify_variant(state)
     except (ValueError, IndexError) as error:
@@ -122,10 +131,10 @@ def save_mmdet(path: Path | str, model: Detector) -> None:
 
     Args:
         path: What ``torch.load`` reads, or safetensors by suffix.
-        model: A detector over a FasterNet.
+        model: A detector over a FasterNet; see ``to_mmdet``.
 
     Raises:
-        ValueError: Its backbone is no FasterNet.
+        ValueError: It is an optimised one, or its backbone is no FasterNet.
         OSError: The disk is full or not writable.
     """
     path, state = Path(path), to_mmdet(model)

@@ -126,7 +126,7 @@ class DetectionPredictor:
         min_size: What ``predict`` makes of the shorter side of a picture.
         max_size: What it makes of the longer side at most.
         antialias: It averages where it shrinks.
-        fingerprint: By which a resumed run knows the detector: a hash of its weights; of an ONNX file, its settings.
+        fingerprint: By which a resumed run knows the detector: a hash of its weights, or of an ONNX file.
     """
 
     predict: Callable[[list[Tensor]], list[dict[str, Tensor]]]
@@ -165,7 +165,7 @@ class DetectionPredictor:
         else:
             if detector.full_masks:
                 raise ValueError("the ONNX file lays masks into the picture: export it with full_masks=False")
-            predict, fingerprint = detector, repr(config)
+            predict, fingerprint = detector, detector.fingerprint
             class_names, category_ids = class_names or detector.class_names, category_ids or detector.category_ids
         names = tuple(class_names or (f"class {label}" for label in labels))
         numbers = tuple(category_ids or labels)
@@ -260,12 +260,8 @@ def check_threshold(score_threshold: float) -> None:
 def _predict(detector: Detector, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """Run a detector where it is, and have its masks not laid into the picture."""
     device = next(detector.parameters()).device
-    transform = detector.transform
-    before, transform.full_masks = transform.full_masks, False
-    try:
+    with detector.transform.keep_masks_small():
         return cast(list[dict[str, Tensor]], detector([image.to(device) for image in images]))
-    finally:
-        transform.full_masks = before
 
 
 def _hash_state(detector: Detector) -> str:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasternet.data.coco import CocoData
+from fasternet.data.coco_objects import import_masks
+from fasternet.detection.detector import MASK_SIZE
 from fasternet.detection.layers import paste_mask
 from fasternet.models.checkpoint import write_atomically
 
@@ -26,17 +28,22 @@ MASK_THRESHOLD = 0.5
 
 
 def to_results(
-    prediction: Mapping[str, Tensor], image_id: int, size: tuple[int, int], category_ids: Sequence[int]
+    prediction: Mapping[str, Tensor],
+    image_id: int,
+    size: tuple[int, int],
+    category_ids: Sequence[int],
+    *,
+    pasted: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Write the detections in a picture as COCO does.
 
     Args:
         prediction: ``boxes`` (K, 4), ``labels`` (K,) from 1 on, ``scores`` (K,) and perhaps ``masks``, probabilities:
-            (K, 1, m, m) as the network makes them, or (K, 1, H, W) in the picture, as which they are taken where a
-            picture has m x m pixels.
+            (K, 1, m, m) as the network makes them, or (K, 1, H, W) in the picture.
         image_id: Number of the picture.
         size: Its height and width.
         category_ids: Numbers of the classes, from label 1 on.
+        pasted: Masks are in the picture; None: where they have its size, unless that is the network's, 28 x 28.
 
     Returns:
         Plain data: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``score`` and perhaps
@@ -52,6 +59,8 @@ def to_results(
         raise ValueError("the detections are not finite: the weights of the network are damaged or training diverged")
     if len(unknown := labels[(labels < 1) | (labels > len(category_ids))]):
         raise ValueError(f"the detector has a class {int(unknown[0])}, the data have {len(category_ids)}")
+    if pasted is None and masks is not None:
+        pasted = masks.shape[-2:] == size != (2 * MASK_SIZE, 2 * MASK_SIZE)
     results: list[dict[str, Any]] = []
     for i, ((x0, y0, x1, y1), score, label) in enumerate(
         zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
@@ -64,22 +73,10 @@ def to_results(
         }
         if masks is not None:
             mask = masks[i, 0].float()
-            strips = _cut(mask) if mask.shape == size else _paste(mask, boxes[i].float(), *size)
+            strips = _cut(mask) if pasted else _paste(mask, boxes[i].float(), *size)
             result["segmentation"] = _encode(strips, *size)
         results.append(result)
     return results
-
-
-def encode_mask(part: Tensor, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Write a mask as COCO's compressed run lengths; the picture's own mask is never made.
-
-    Args:
-        part: (h, w), booleans: the part of the picture outside of which nothing is.
-        top: First row of the part.
-        left: Its first column.
-        size: Height and width of the picture.
-    """
-    return _encode([(part, top, left)], *size)
 
 
 def _cut(mask: Tensor) -> Iterator[tuple[Tensor, int, int]]:
@@ -208,18 +205,3 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def import_masks() -> Any:
-    """Return the functions of faster-coco-eval on masks.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    try:
-        from faster_coco_eval.core import mask
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "COCO's masks and scores need faster-coco-eval: pip install 'fasternet[detection]'"
-        ) from None
-    return mask

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fasternet.data.coco import CocoData, CocoImage, find_coco, load_coco, split_coco
 from fasternet.data.coco_dataset import CocoDataset, DetectionTransform, merge_pictures
+from fasternet.data.coco_objects import import_masks
 from fasternet.data.images import ImageError, load_image
 from fasternet.data.loaders import TrainingLoader
 from fasternet.detection.checkpoint import is_detector, load_detector, load_weights, save_detector
 from fasternet.detection.detector import Detector, Kind, create_detector
 from fasternet.detection.draw import draw_detections
-from fasternet.detection.evaluate import DetectionEvaluation, evaluate_detector
+from fasternet.detection.evaluate import DetectionEvaluation, check_finite, evaluate_detector
 from fasternet.detection.predictor import DetectionPredictor
 from fasternet.environment import create_record
 from fasternet.records import Record
@@ -97,14 +98,17 @@ class DetectionTask(Task):
         return [*records, *self._draw(model, output)] if self.world.is_main else []
 
     def judge(self, model: nn.Module, data: CocoData) -> DetectionEvaluation:
-        """Return what a detector in evaluation mode finds, held against what is there."""
+        """Return what a detector in evaluation mode finds, held against what is there.
+
+        Pictures come one by one: in a batch they are padded, and the AP would depend on batch and processes.
+        """
         detector = cast(Detector, model)
+        check_finite(detector)
         with detector.transform.keep_masks_small():
             return evaluate_detector(
                 lambda images: detector([self.move(image) for image in images]),
                 data,
                 masks=detector.config.kind == "mask_rcnn",
-                batch_size=max(1, self.recipe.batch_size // (self.world.size * self.recipe.accumulate)),
                 num_workers=self.recipe.num_workers,
                 world=self.world,
             )
@@ -162,12 +166,14 @@ def train_detector(
         kind: ``"mask_rcnn"`` or ``"faster_rcnn"``; None: masks where the data have them.
         resume: Go on with the run in ``output``.
         checkpoint: Weights to start from: a detector's model or run folder or published file (what tells classes stays
-            fresh where their number differs), or the backbone's in any form.
+            fresh where the classes differ), or the backbone's in any form.
         pretrained: Start from the backbone's published weights instead.
         backbone_options: Further arguments of ``create_backbone``: ``width`` ...
         device: Where to compute.
         hooks: What the run tells and asks while it goes on.
     """
+    if checkpoint is not None and pretrained:
+        raise ValueError("checkpoint and pretrained are both weights to start from: give one of them")
 
     def create(recipe: DetectionRecipe, target: torch.device, world: World, fresh: bool) -> DetectionTask:
         return create_detection(
@@ -201,20 +207,11 @@ def create_detection(
     hooks: Hooks,
 ) -> DetectionTask:
     """Open the pictures and make the detector; see ``train_detector`` for the arguments."""
-    training, validation = load_split(data, recipe.validation_share, recipe.seed, masks=kind != "faster_rcnn")
+    import_masks()  # which the evaluation at the end of the first epoch needs
     say: Say = hooks.say if world.is_main else lambda _: None
-    for found in (training, validation):
-        for reason, count in found.skipped.items():
-            say(f"{found.source}: {count} {reason}")
-    for found, part in ((training, "train on"), (validation, "validate on")):
-        if not any(map(count_objects, found.images)):
-            raise ValueError(f"{found.source} has no objects to {part} in its {len(found)} pictures")
-    has_masks = training.has_masks and validation.has_masks
-    if kind == "mask_rcnn" and not has_masks:
-        raise ValueError(f"kind=mask_rcnn needs masks, and {data} has boxes alone: take faster_rcnn")
-    kind = kind or ("mask_rcnn" if has_masks else "faster_rcnn")
+    training, validation, kind = _open_pictures(data, recipe, kind, say)
     model = _create_model(
-        backbone, recipe, kind, len(training.class_names), checkpoint, pretrained, backbone_options, say
+        backbone, recipe, kind, training.class_names, checkpoint, pretrained, backbone_options, say
     ).to(device)
     unreadable: list[ImageError] = []
     loader = TrainingLoader(
@@ -255,6 +252,25 @@ def create_detection(
         validation=validation,
         loader=loader,
     )
+
+
+def _open_pictures(data: str, recipe: DetectionRecipe, kind: Kind | None, say: Say) -> tuple[CocoData, CocoData, Kind]:
+    """Open both parts of the data; say what is left out of them, and choose masks or boxes alone."""
+    share, seed = recipe.validation_share, recipe.seed
+    parts = load_split(data, share, seed, masks=kind != "faster_rcnn")
+    if kind is None and parts[0].has_masks != parts[1].has_masks:
+        masked, other = parts if parts[0].has_masks else reversed(parts)
+        say(f"{masked.source} has masks and {other.source} has none: boxes alone are learned")
+        parts = load_split(data, share, seed, masks=False)  # with masks, objects without one are left out
+    for note in dict.fromkeys(f"{part.source}: {n} {reason}" for part in parts for reason, n in part.skipped.items()):
+        say(note)
+    for part, use in zip(parts, ("train on", "validate on"), strict=True):
+        if not any(map(count_objects, part.images)):
+            raise ValueError(f"{part.source} has no objects to {use} in its {len(part)} pictures")
+    has_masks = parts[0].has_masks and parts[1].has_masks
+    if kind == "mask_rcnn" and not has_masks:
+        raise ValueError(f"kind=mask_rcnn needs masks, and {data} has boxes alone: take faster_rcnn")
+    return *parts, kind or ("mask_rcnn" if has_masks else "faster_rcnn")
 
 
 def count_objects(image: CocoImage) -> int:
@@ -298,10 +314,12 @@ def select_pictures(data: str, split: str, recipe: Mapping[str, Any] | None = No
         if second is not None:
             raise ValueError(f"split=all is for one annotation file, and {data} has two: name the file as data")
         return load_coco(first, masks=masks)
-    if second is None and not (recipe and "validation_share" in recipe):
+    if second is not None:  # the other file may be large, and its pictures not here
+        return load_coco(second if split == "validation" else first, masks=masks)
+    if recipe is None or "validation_share" not in recipe:
         raise ValueError(f"{data} has one annotation file, and no run says how it was split: take --split all")
-    share, seed = (recipe["validation_share"], recipe["seed"]) if recipe else (0.5, 0)
-    return load_split(data, share, seed, masks=masks)[split == "validation"]
+    parts = split_coco(load_coco(first, masks=masks), recipe["validation_share"], recipe["seed"])
+    return parts[split == "validation"]
 
 
 def _create_transform(recipe: DetectionRecipe) -> DetectionTransform:
@@ -320,7 +338,7 @@ def _create_model(
     backbone: str,
     recipe: DetectionRecipe,
     kind: Kind,
-    num_classes: int,
+    class_names: Sequence[str],
     checkpoint: Path | None,
     pretrained: bool,
     backbone_options: Mapping[str, Any],
@@ -331,7 +349,7 @@ def _create_model(
     model = create_detector(
         kind,
         backbone,
-        num_classes=num_classes,
+        num_classes=len(class_names),
         pretrained_backbone=pretrained,
         backbone_checkpoint=None if whole else checkpoint,
         feature_norm=recipe.feature_norm if is_fasternet(backbone) else None,
@@ -347,8 +365,8 @@ def _create_model(
         head_norm=recipe.head_norm,
         antialias=recipe.antialias,
     )
-    if whole and (fresh := load_weights(model, cast(Path, checkpoint))):
-        say(f"{checkpoint} has other classes: {', '.join(fresh)} start fresh")
+    if whole and (note := load_weights(model, cast(Path, checkpoint), class_names)):
+        say(note)
     model.roi_heads.fg_bg_sampler.batch_size_per_image = recipe.regions_per_image
     if recipe.grad_checkpointing:
         trunk = find_trunk(model)

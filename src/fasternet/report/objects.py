@@ -107,18 +107,24 @@ def show_detectors(sources: Sequence[Source], machines: Mapping[str, Machine]) -
     return [figure("detectors", "Detectors that were trained", content, note, small)]
 
 
-def _list_finished(sources: Sequence[Source]) -> Iterator[_Finished]:
-    """Yield each run once: it may come from its folder and from a file that it was merged into."""
-    met = set()
+def list_unlike(sources: Sequence[Source]) -> list[Source]:
+    """Return each run once: it may come from its folder and from a file that it was merged into."""
+    found: dict[tuple[str, ...], Source] = {}
     for source in sources:
+        found.setdefault(_identify(source), source)
+    return list(found.values())
+
+
+def _identify(source: Source) -> tuple[str, ...]:
+    record = [*source.records, *select([source], "run")][-1]
+    return record.machine, record.subject, record.command, record.created
+
+
+def _list_finished(sources: Sequence[Source]) -> Iterator[_Finished]:
+    for source in list_unlike(sources):
         runs, judged = select([source], "run"), find_evaluation(source)
-        if runs and judged and (origin := _identify(runs[-1])) not in met:
-            met.add(origin)
+        if runs and judged:
             yield _Finished(source.name, runs[-1], judged)
-
-
-def _identify(run: Record) -> tuple[str, ...]:
-    return run.machine, run.subject, run.command, run.created
 
 
 def _show_evaluation(key: str, records: Sequence[Record], machines: Mapping[str, Machine]) -> Html:

@@ -10,7 +10,7 @@ from fasternet.report.claims import count_verdicts, list_claims
 from fasternet.report.compare import Timing, scaled
 from fasternet.report.learning import Learned, find_learned
 from fasternet.report.markup import Html, join, power_of_ten, tag
-from fasternet.report.objects import find_evaluation, read_ap, tell_pictures
+from fasternet.report.objects import find_evaluation, list_unlike, read_ap, tell_pictures
 from fasternet.report.operators import compare_flops
 from fasternet.report.provenance import (
     count,
@@ -35,7 +35,7 @@ def show_summary(sources: Sequence[Source], machines: Mapping[str, Machine]) -> 
     told = {id(source) for row in learned for source in row.sources}
     facts = [*_tell_claims(sources, machines), *(_tell_learned(row) for row in learned)]
     facts += [fact for source in sources if id(source) not in told for fact in _tell_training(source)]
-    facts += [fact for source in sources for fact in _tell_detection(source)]
+    facts += [fact for source in list_unlike(sources) for fact in _tell_detection(source)]
     facts += [*_tell_differences(sources), *_tell_flops(sources)]
     ranked: list[list[tuple[Record, Timing]]] = [[], [], []]
     for record, timing in list_ratios(sources):

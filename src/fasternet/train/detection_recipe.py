@@ -27,7 +27,8 @@ class DetectionRecipe(BaseRecipe):
         max_size: Their longer side at most.
         antialias: Average where a picture shrinks; the published detectors do not.
         vertical_flip: Turn half of the training pictures upside down.
-        multi_scale: Smallest and largest shorter side in training, drawn anew for each picture; None: ``min_size``.
+        multi_scale: In training the shorter side is ``min_size`` times a factor between these two, drawn anew for each
+            picture; ``max_size`` still limits the longer one. None: it is ``min_size``.
         scale_jitter: Large-scale jitter in training: smallest and largest factor, then a crop where a side is longer
             than ``max_size``; or None.
         fpn_channels: Channels of the pyramid.
@@ -79,12 +80,14 @@ class DetectionRecipe(BaseRecipe):
         super().__post_init__()
         if self.max_size < self.min_size:
             raise ValueError(f"recipe field max_size={self.max_size} must be at least min_size={self.min_size}")
-        ranges = {"multi_scale": (32, self.max_size), "scale_jitter": (0.01, 10), "lr_step_epochs": (0, math.inf)}
+        ranges = {"multi_scale": (0.01, 10), "scale_jitter": (0.01, 10), "lr_step_epochs": (0, math.inf)}
         for name, (low, high) in ranges.items():
             if (value := getattr(self, name)) and not low <= value[0] <= value[1] <= high:
                 raise ValueError(f"recipe field {name}={value[0]:g},{value[1]:g} must rise within [{low}, {high}]")
         if self.multi_scale and self.scale_jitter:
             raise ValueError("recipe fields multi_scale and scale_jitter exclude each other: set one of them to none")
+        if self.compile:
+            raise ValueError("recipe field compile=true is not for detectors: their pictures change in size")
 
     def compute_lr(self, epoch: int, done: float = 0.0, num_steps: int = 1) -> float:
         """Return the rate: a linear warm-up by steps, on top of what falls at epochs or along a cosine."""
@@ -127,7 +130,7 @@ DETECTION_RECIPES: Mapping[str, DetectionRecipe] = MappingProxyType(
     {
         # One GPU or CPU and a few pictures, from scratch: light heads, so that many steps fit into minutes.
         "small": DetectionRecipe(
-            epochs=120,
+            epochs=100,
             batch_size=2,
             lr=1e-3,
             weight_decay=0.05,
@@ -137,7 +140,7 @@ DETECTION_RECIPES: Mapping[str, DetectionRecipe] = MappingProxyType(
             vertical_flip=True,
             min_size=320,
             max_size=533,
-            multi_scale=(256.0, 400.0),
+            multi_scale=(0.8, 1.25),
             fpn_channels=64,
             box_head_width=256,
             mask_head_channels=64,
