@@ -35,6 +35,7 @@ from fasternet.train.task import Task
 NUM_PICTURES = 12  # drawn with what was found, for the sheet that ends a run
 PICTURE_SIZE = 480  # pixels
 MAX_TRAINING_PICTURES = 200  # of which an evaluation at the end takes little time
+METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")  # of an epoch
 SUMMARY_THRESHOLD = 0.5  # of the scores that are drawn
 
 
@@ -74,12 +75,11 @@ class DetectionTask(Task):
 
     def evaluate(self, model: nn.Module) -> Mapping[str, Any]:
         """Return AP and AP50 of boxes and masks on the validation pictures."""
-        values = self.judge(model, self.validation).values()
-        return {name: values[name] for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50") if name in values}
+        return _select_metrics(self.judge(model, self.validation).values())
 
     def save(self, folder: Path, model: Any, values: Mapping[str, Any]) -> None:
         """Write weights, configuration, class names, recipe and metrics."""
-        metrics = {name: values[name] for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50") if name in values}
+        metrics = _select_metrics(values)
         save_detector(
             folder,
             model,
@@ -271,6 +271,10 @@ def _open_pictures(data: str, recipe: DetectionRecipe, kind: Kind | None, say: S
     if kind == "mask_rcnn" and not has_masks:
         raise ValueError(f"kind=mask_rcnn needs masks, and {data} has boxes alone: take faster_rcnn")
     return *parts, kind or ("mask_rcnn" if has_masks else "faster_rcnn")
+
+
+def _select_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in METRICS if name in values}
 
 
 def count_objects(image: CocoImage) -> int:
