@@ -302,53 +302,6 @@ def test_separators_of_windows_are_understood(tmp_path: Path) -> None:
     assert load_coco(write(tmp_path, document)).images[0].path == tmp_path / "JPEGImages" / "a.png"
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (
-            ["annotations/instances_train2017.json", "annotations/instances_val2017.json", "annotations/captions.json"],
-            2,
-        ),
-        (["annotations/instances_train2017.json"], 1),
-        (["trainval.json"], 1),
-        (["train.json", "val.json", "test.json"], 2),
-        (["trainval.json", "test.json"], 2),
-        (["train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"], 2),
-        (["train/a.json", "test/a.json"], 2),
-        (["train/a.json"], 1),
-    ],
-)
-def test_annotation_files_are_found(files: list[str], expected: int, tmp_path: Path) -> None:
-    for file in files:
-        write(tmp_path, {}, file)
-    found = [tmp_path / file for file in files[:expected]]
-    assert find_coco(tmp_path) == (found[0], found[1] if expected == 2 else None)
-    assert find_coco(found[0]) == (found[0], None)
-
-
-def test_what_macos_puts_beside_files_is_passed_over(tmp_path: Path) -> None:
-    for file in ("train/._a.json", "train/a.json", "val/._a.json", "val/a.json"):
-        write(tmp_path, {}, file)
-    assert find_coco(tmp_path) == (tmp_path / "train/a.json", tmp_path / "val/a.json")
-
-
-@pytest.mark.parametrize(
-    "files", [["a.json", "b.json"], ["train1.json", "train2.json"], ["train/a.json", "train/b.json"]]
-)
-def test_several_annotation_files_are_listed(files: list[str], tmp_path: Path) -> None:
-    for file in files:
-        write(tmp_path, {}, file)
-    with pytest.raises(ValueError, match=rf"is not clear \({', '.join(files)}\): name one$"):
-        find_coco(tmp_path)
-
-
-def test_a_folder_without_annotations_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^no annotation file in folder .*train/\*\.json$"):
-        find_coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^no annotation file or folder at "):
-        find_coco(tmp_path / "absent")
-
-
 def test_a_split_is_by_picture_and_follows_from_seed_and_ids(tmp_path: Path) -> None:
     document = create_document()
     document["images"] = [{"id": i, "file_name": f"{i}.png", "width": 10, "height": 8} for i in range(18)]
