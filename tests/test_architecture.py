@@ -31,7 +31,10 @@ def test_public_names_are_these():
         "DetectionPredictor",
         "FasterNet",
         "FasterNetConfig",
+        "PConv1d",
         "PConv2d",
+        "PConv3d",
+        "PConvPWConv",
         "Predictor",
         "choose_engine",
         "count_costs",
@@ -50,6 +53,7 @@ def test_public_names_are_these():
         "optimize_for_inference",
         "pconv2d",
         "pconv2d_",
+        "replace_convs",
         "save_checkpoint",
         "use_native_blocks",
     ]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         load_checkpoint,
         save_checkpoint,
     )
-    from fasternet.ops import PConv2d, list_impls, pconv2d, pconv2d_
+    from fasternet.models.surgery import replace_convs
+    from fasternet.ops import PConv1d, PConv2d, PConv3d, PConvPWConv, list_impls, pconv2d, pconv2d_
     from fasternet.predict import Predictor
     from fasternet.rivals import create_backbone, create_network
 
@@ -42,7 +43,10 @@ _HOMES = {
     "DetectionPredictor": "detection",
     "FasterNet": "models",
     "FasterNetConfig": "models",
+    "PConv1d": "ops",
     "PConv2d": "ops",
+    "PConv3d": "ops",
+    "PConvPWConv": "ops",
     "Predictor": "predict",
     "choose_engine": "deploy",
     "count_costs": "complexity",
@@ -61,6 +65,7 @@ _HOMES = {
     "optimize_for_inference": "deploy",
     "pconv2d": "ops",
     "pconv2d_": "ops",
+    "replace_convs": "models.surgery",
     "save_checkpoint": "models",
     "use_native_blocks": "deploy",
 }
@@ -72,7 +77,10 @@ __all__ = [
     "DetectionPredictor",
     "FasterNet",
     "FasterNetConfig",
+    "PConv1d",
     "PConv2d",
+    "PConv3d",
+    "PConvPWConv",
     "Predictor",
     "choose_engine",
     "count_costs",
@@ -91,6 +99,7 @@ __all__ = [
     "optimize_for_inference",
     "pconv2d",
     "pconv2d_",
+    "replace_convs",
     "save_checkpoint",
     "use_native_blocks",
 ]

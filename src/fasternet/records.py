@@ -19,7 +19,7 @@ from typing import Any
 
 SCHEMA = 1
 KINDS = (
-    *("latency", "ratio", "stage", "cost", "difference", "machine_peak", "fault"),
+    *("latency", "ratio", "stage", "cost", "difference", "machine_peak", "fault", "study"),
     *("run", "epoch", "evaluation", "prediction", "data_check"),
 )
 
@@ -56,7 +56,7 @@ class Record:
     Attributes:
         suite: What produced it: ``operators``, ``networks``, ``train``, ``eval``, ``optimize`` ...
         kind: What it is: ``latency``, ``ratio``, ``stage`` (a part of a network), ``cost``, ``machine_peak``, ``run``,
-            ``epoch``, ``evaluation``, ``prediction``.
+            ``epoch``, ``evaluation``, ``prediction``, ``study`` (a result of the suite's study).
         subject: The thing measured: a network, an operator, a run. For a ratio: the numerator's name.
         condition: Everything that has to be equal for two records to be comparable (batch, threads, precision ...).
         values: The numbers, units as suffixes of their names (``latency_ms``, ``macs_per_second``).

@@ -8,13 +8,27 @@ from typer.testing import CliRunner
 
 from fasternet import cli
 
-COMMANDS = ("quickstart", "list", "info", "predict", "train", "eval", "pick", "convert", "push", "report", "env")
+COMMANDS = (
+    "quickstart",
+    "list",
+    "info",
+    "predict",
+    "train",
+    "eval",
+    "pick",
+    "convert",
+    "push",
+    "report",
+    "surgery",
+    "env",
+)
 GROUPS = {
     "bench": ("operators", "networks", "sweeps", "steps", "deploy", "training", "faults", "detection", "engines"),
     "data": ("check", "pack", "import"),
     "detect": ("train", "eval", "predict", "export"),
-    "reproduce": ("list", *(f"table{n}" for n in (1, 3, 4, 5, 6, 7, 8, 9)), *(f"fig{n}" for n in (1, 2, 4, 7, 8))),
+    "reproduce": ("list", *(f"table{n}" for n in range(1, 10)), *(f"fig{n}" for n in range(1, 9))),
     "results": ("merge", "check"),
+    "study": ("approximation", "redundancy", "salience", "ablation"),
 }
 
 

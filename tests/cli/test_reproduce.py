@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fasternet.benchmark import deploy, networks, operators
-from fasternet.cli._items import ITEMS, LATER, explain_item
+from fasternet.cli._items import ITEMS, explain_item
 from fasternet.cli.reproduce import MEASURED, reproduce
 from fasternet.paper import load_table
 from fasternet.records import Record, append_records, load_records
@@ -50,12 +50,8 @@ def invoke(*arguments):
 def test_list_holds_every_table_and_figure():
     papers = dict.fromkeys(item.paper for item in ITEMS)
     assert list(papers) == [*(f"Table {n}" for n in range(1, 10)), *(f"Figure {n}" for n in range(1, 9))]
-    later = {item.paper for item in ITEMS if not item.is_built}
-    assert later == {"Table 2", "Table 5", "Figure 3", "Figure 5", "Figure 6"}
-    assert all(bool(item.command) == item.is_built for item in ITEMS)
     document = json.loads(invoke("list", "--json").stdout)
     assert [row["what"] for row in document] == [item.what for item in ITEMS]
-    assert {row["state"] for row in document} == {"built", LATER}
     assert "Figure 8" in invoke("list").stdout
 
 
@@ -74,7 +70,7 @@ def test_commands_of_the_list_exist():
         ("operators: FLOPS, ARM", True, "x86_64", "no: this machine is x86_64"),
         ("operators: FLOPS, ARM", False, "aarch64", "yes"),
         ("networks: top-1", False, "x86_64", "yes, with ImageNet and weights"),
-        ("ablation: top-1", True, "x86_64", "no: not built yet"),
+        ("ablation: top-1", True, "x86_64", "yes, with ImageNet"),
         ("detection: AP", False, "x86_64", "yes, with COCO and weights"),
     ],
 )
@@ -86,9 +82,7 @@ def test_machine_decides_what_runs(what, has_cuda, architecture, answer):
 def test_page_of_the_docs_holds_the_same_table():
     lines = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if re.match(r"\| (Table|Figure) \d", line)]
     rows = [tuple(cell.strip().strip("`") for cell in line.strip("|").split("|")) for line in lines]
-    assert rows == [
-        (i.paper, i.what, i.command, ", ".join(i.needs) or "nothing", "built" if i.is_built else LATER) for i in ITEMS
-    ]
+    assert rows == [(i.paper, i.what, i.command, ", ".join(i.needs) or "nothing") for i in ITEMS]
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -22,6 +22,8 @@ from fasternet.cli import (
     report,
     reproduce,
     results,
+    study,
+    surgery,
     train,
 )
 
@@ -42,6 +44,8 @@ app.add_typer(data.data, name="data")
 app.add_typer(detect.detect, name="detect")
 app.add_typer(bench.bench, name="bench")
 app.command("pick")(pick.pick)
+app.add_typer(study.study, name="study")
+app.command("surgery")(surgery.surgery)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("report")(report.report)

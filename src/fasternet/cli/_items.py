@@ -1,11 +1,10 @@
-"""The paper's tables and figures as data: what each shows, what reproduces it, what it needs, and if it is built."""
+"""The paper's tables and figures as data: what each shows, what reproduces it, and what it needs."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 GPU, ARM = "a GPU", "an ARM machine"
-LATER = "joins later: not built yet"
 
 
 class Item(NamedTuple):
@@ -14,16 +13,14 @@ class Item(NamedTuple):
     Attributes:
         paper: "Table 1" to "Figure 8".
         what: What is reproduced.
-        command: The command line, or nothing.
+        command: The command line.
         needs: ``GPU``, ``ARM``, "pictures", "weights", "ImageNet", "COCO"; nothing where any machine will do.
-        is_built: Whether the command exists.
     """
 
     paper: str
     what: str
-    command: str = ""
+    command: str
     needs: tuple[str, ...] = ()
-    is_built: bool = True
 
 
 def _list_devices(paper: str, what: str, name: str, needs: tuple[str, ...] = ()) -> tuple[Item, ...]:
@@ -38,14 +35,15 @@ def _list_devices(paper: str, what: str, name: str, needs: tuple[str, ...] = ())
 
 ITEMS = (
     *_list_devices("Table 1", "operators: FLOPS", "table1"),
-    Item("Table 2", "approximation of a convolution: losses", "", ("pictures", "weights"), is_built=False),
+    Item("Table 2", "approximation of a convolution: losses", "fasternet reproduce table2 --data DIR", ("pictures",)),
     *_list_devices("Table 3", "networks: latency and throughput", "table3"),
     Item("Table 3", "networks: top-1", "fasternet eval fasternet_t0 --data IMAGENET", ("ImageNet", "weights")),
     Item("Table 4", "detection: parameters, multiply-adds and latency, CPU", "fasternet reproduce table4"),
     Item("Table 4", "detection: latency, GPU", "fasternet reproduce table4 --device cuda", (GPU,)),
     Item("Table 4", "detection: AP", "fasternet detect eval --data COCO --checkpoint DETECTOR", ("COCO", "weights")),
     *_list_devices("Table 5", "ablation: latency and throughput", "table5"),
-    Item("Table 5", "ablation: top-1", "", ("ImageNet", GPU), is_built=False),
+    Item("Table 5", "ablation: top-1 of small networks", "fasternet reproduce table5 --data DIR", ("pictures",)),
+    Item("Table 5", "ablation: top-1", "fasternet study ablation --size full --data IMAGENET", ("ImageNet", GPU)),
     Item("Table 6", "recipes, cell by cell", "fasternet reproduce table6"),
     Item("Table 6", "training", "bash runs/imagenet_8gpus.sh IMAGENET", ("ImageNet", GPU)),
     Item("Table 7", "recipes of detection, cell by cell", "fasternet reproduce table7"),
@@ -54,10 +52,10 @@ ITEMS = (
     *_list_devices("Table 9", "split_cat and slicing", "table9"),
     *_list_devices("Figure 1", "FLOPS of operators over their FLOPs", "fig1"),
     Item("Figure 2", "FLOPS and latency of networks over their FLOPs, CPU", "fasternet reproduce fig2"),
-    Item("Figure 3", "redundant feature maps of ResNet50", "", ("pictures", "weights"), is_built=False),
+    Item("Figure 3", "redundant feature maps of ResNet50", "fasternet reproduce fig3 IMG", ("pictures", "weights")),
     Item("Figure 4", "the architecture", "fasternet reproduce fig4"),
-    Item("Figure 5", "PConv + PWConv, T-shaped and regular convolution", "", is_built=False),
-    Item("Figure 6", "salient positions in the filters of ResNet18", "", ("weights",), is_built=False),
+    Item("Figure 5", "PConv + PWConv, T-shaped and regular convolution", "fasternet reproduce fig5"),
+    Item("Figure 6", "salient positions in the filters of ResNet18", "fasternet reproduce fig6", ("weights",)),
     *_list_devices("Figure 7", "published top-1 over measured speed", "fig7"),
     *_list_devices("Figure 8", "the same, all networks", "fig8"),
 )
@@ -65,8 +63,6 @@ ITEMS = (
 
 def explain_item(item: Item, *, has_cuda: bool, architecture: str) -> str:
     """Say whether an item can be reproduced on a machine: "yes", "yes, with ImageNet", "no: ..."."""
-    if not item.is_built:
-        return "no: not built yet"
     if GPU in item.needs and not has_cuda:
         return "no: no CUDA device is visible to torch"
     if ARM in item.needs and architecture.lower() not in ("aarch64", "arm64"):
@@ -76,7 +72,7 @@ def explain_item(item: Item, *, has_cuda: bool, architecture: str) -> str:
 
 
 def describe_items(*, has_cuda: bool, architecture: str) -> list[dict[str, Any]]:
-    """Return every item with what it needs, whether it runs on such a machine, and whether it is built."""
+    """Return every item with what it needs, and whether it runs on such a machine."""
     return [
         {
             "paper": item.paper,
@@ -84,7 +80,6 @@ def describe_items(*, has_cuda: bool, architecture: str) -> list[dict[str, Any]]
             "command": item.command,
             "needs": list(item.needs) or ["nothing"],
             "runs_here": explain_item(item, has_cuda=has_cuda, architecture=architecture),
-            "state": "built" if item.is_built else LATER,
         }
         for item in ITEMS
     ]

@@ -11,6 +11,7 @@ import typer
 
 from fasternet.cli._common import note, print_json, print_table, track
 from fasternet.cli._items import describe_items
+from fasternet.cli._study import Checkpoint
 
 if TYPE_CHECKING:
     from fasternet.records import Record
@@ -28,13 +29,15 @@ Records = Annotated[
     list[Path] | None, typer.Option(help="Use these records and measure nothing; repeatable, files or folders.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the page.")]
+Pictures = Annotated[
+    str | None, typer.Option("--data", help="Folder of pictures; with a folder per class a network is trained on them.")
+]
 OUTPUT = Path("outputs/reproduce")
 
 # What is measured: the item, its suites, and what its help says.
 MEASURED = {
     "table1": (("operators",), "Measure the operators of Table 1, ten stacked layers on four shapes."),
     "table3": (("networks",), "Measure the networks of Table 3 in eager PyTorch and the runtimes that are ready."),
-    "table5": (("ablation",), "Measure the variants of Table 5 that FasterNet was chosen from."),
     "table9": (("forms", "deploy"), "Measure the forms of PConv of Table 9, alone and in FasterNet."),
     "fig1": (("operators",), "Draw Figure 1: the speed of operators over their multiply-adds."),
     "fig2": (("networks",), "Draw Figure 2: speed and latency of networks over their multiply-adds."),
@@ -57,8 +60,8 @@ def list_(json: Json = False) -> None:
     if json:
         print_json(items)
         return
-    rows = [(i["paper"], i["what"], i["command"], ", ".join(i["needs"]), i["runs_here"], i["state"]) for i in items]
-    print_table(("paper", "what", "command", "needs", "runs here", "state"), rows)
+    rows = [(i["paper"], i["what"], i["command"], ", ".join(i["needs"]), i["runs_here"]) for i in items]
+    print_table(("paper", "what", "command", "needs", "runs here"), rows)
 
 
 @reproduce.command("table4")
@@ -77,6 +80,99 @@ def table4(
 
     runs = [] if records else [("detection", measure(None, size=parse_size(size), device=device, quick=quick))]
     _show_item("table4", runs, records, output)
+
+
+@reproduce.command("table2")
+def table2(
+    data: Pictures = None, checkpoint: Checkpoint = None, records: Records = None, output: Output = OUTPUT
+) -> None:
+    """Approximate regular convolutions by PConv + PWConv and others: ``study approximation`` with its defaults.
+
+    Example: fasternet reproduce table2 --data flowers
+    """
+    from fasternet.cli.study import approximation
+
+    if not records and data is None:
+        raise ValueError("table2 needs pictures: name a folder with --data")
+    _show_study("table2", approximation, records, output, data=data, checkpoint=checkpoint)
+
+
+@reproduce.command("fig3")
+def fig3(
+    picture: Annotated[Path | None, typer.Argument(help="The picture whose maps are drawn.")] = None,
+    data: Pictures = None,
+    checkpoint: Checkpoint = None,
+    records: Records = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Draw the maps of a trained network for a picture, and measure their redundancy: ``study redundancy``.
+
+    Example: fasternet reproduce fig3 photo.jpg --data flowers
+    """
+    from fasternet.cli.study import redundancy
+
+    if not records and picture is None:
+        raise ValueError("fig3 needs a picture: name its file")
+    _show_study("fig3", redundancy, records, output, picture=picture, data=data, checkpoint=checkpoint)
+
+
+@reproduce.command("fig5")
+def fig5(records: Records = None, output: Output = OUTPUT) -> None:
+    """Draw the effective receptive fields of PConv + PWConv, the T-shaped and the regular convolution.
+
+    Example: fasternet reproduce fig5
+    """
+    from fasternet.analysis.salience import measure_receptive_field
+
+    _show_item("fig5", [] if records else [("receptive_field", measure_receptive_field())], records, output)
+
+
+@reproduce.command("fig6")
+def fig6(
+    data: Pictures = None, checkpoint: Checkpoint = None, records: Records = None, output: Output = OUTPUT
+) -> None:
+    """Draw where the largest norm of each 3x3 filter of a trained network lies: ``study salience``.
+
+    Example: fasternet reproduce fig6 --checkpoint outputs/my-run
+    """
+    from fasternet.cli.study import salience
+
+    _show_study("fig6", salience, records, output, data=data, checkpoint=checkpoint)
+
+
+@reproduce.command("table5")
+def table5(
+    data: Pictures = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = None,
+    quick: Quick = False,
+    records: Records = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Measure the variants of Table 5; with pictures, train small networks of them first: ``study ablation``.
+
+    Example: fasternet reproduce table5 --quick
+    """
+    files = list(records or ())
+    if data is not None and not records:
+        from fasternet.cli.study import ablation
+
+        folder = output / "ablation"
+        ablation(data, output=folder, resume=(folder / "log.jsonl").is_file())
+        files.append(folder / "log.jsonl")
+    conditions = {"device": device, "batch_size": batch_size or (1 if device == "cpu" else 32), "quick": quick}
+    _show_item("table5", [] if records else [("networks", _measure_ablation(conditions))], files, output)
+
+
+def _show_study(
+    name: str, study: Callable[..., None], records: list[Path] | None, output: Path, **arguments: object
+) -> None:
+    """Run a study in its folder, from where it stopped if it was; or show records of one."""
+    if records:
+        _show_item(name, [], records, output)
+        return
+    folder = output / name
+    study(**arguments, output=folder, resume=(folder / "log.jsonl").is_file())
 
 
 @reproduce.command("table6")
@@ -198,7 +294,6 @@ SUITES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Record]]]] = {
     "operators": ("operators", _measure_operators),
     "forms": ("operators", _measure_forms),
     "networks": ("networks", _measure_networks),
-    "ablation": ("networks", _measure_ablation),
     "deploy": ("deploy", _measure_deploy),
 }
 for _name, (_suites, _summary) in MEASURED.items():
@@ -213,11 +308,10 @@ def _show_item(
     from fasternet.report.page import create_report, render_item
 
     files = list(records or ())
-    if not files:
-        for suite, run in runs:
-            path, written = save(suite, run, None)
-            note_end(path, written)
-            files.append(path)
+    for suite, run in runs:
+        path, written = save(suite, run, None)
+        note_end(path, written)
+        files.append(path)
     page = create_report(files, output / f"{name}.html", items=[name])
     print(render_item(name, files))
     print(page)

@@ -4,6 +4,7 @@ A claim is judged as the paper measured it, in eager PyTorch, and once more with
 engine that it has. ``holds``: the interval reaches the paper's number, the corrected one where there is one, or lies
 beyond it. ``partly``: the direction is certain, the amount is smaller. ``does not hold``: the direction is not certain,
 or it is the opposite one. ``not run``: there is no record of such a device, or more than records is needed.
+Table 2 and Figure 6 are judged by their own rules, on the network that was studied.
 """
 
 from __future__ import annotations
@@ -14,10 +15,22 @@ from typing import Literal, NamedTuple
 
 from fasternet.paper import load_table
 from fasternet.records import Machine, Record
+from fasternet.report.approximation import (
+    ABSOLUTE,
+    AVERAGE,
+    FAILS,
+    HOLDS,
+    OWN,
+    Approximation,
+    list_approximations,
+    name_network,
+)
 from fasternet.report.compare import Timing, find_device, printed, read_timing
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
 from fasternet.report.operators import DWCONV, FORWARD, compare_flops, read_passes, read_shape
 from fasternet.report.provenance import describe_machine, number, provenance, unique
+from fasternet.report.salience import Salience, is_centre, list_saliences
+from fasternet.report.seeds import ONE_SEED
 from fasternet.report.settings import ENGINES, Way, has_published_size, read_way, select_ratios
 from fasternet.report.sources import Source, newest, select
 
@@ -51,6 +64,8 @@ class Needs(NamedTuple):
     what: str
 
 
+TABLE2 = "PConv+PWConv has the lowest average approximation loss (Table 2)"
+FIGURE6 = "centre is the most frequent salient position (Fig. 6)"
 C, CP, K = 4, 1, 3  # r = 1/4; the shares below hold for every width
 DETECTION = "needs Mask R-CNN at 1280 × 800 timed on a GPU"
 COCO = "needs weights fine-tuned on COCO, and COCO’s validation pictures"
@@ -77,10 +92,8 @@ RULES: dict[str, Speed | Flops | Computed | Needs] = {
     "FasterNet-S against ResNet50 in Mask R-CNN: box AP": Needs(COCO),
     "FasterNet-S against ResNet50 in Mask R-CNN: mask AP": Needs(COCO),
     "FasterNet-L against PVT-Large in Mask R-CNN: latency": Needs(DETECTION),
-    "PConv+PWConv has the lowest average approximation loss (Table 2)": Needs(
-        "needs the weights of a trained ResNet50, and ImageNet’s pictures"
-    ),
-    "centre is the most frequent salient position (Fig. 6)": Needs("needs the weights of a trained ResNet18"),
+    TABLE2: Needs("needs the weights of a trained ResNet50, and ImageNet’s pictures"),
+    FIGURE6: Needs("needs the weights of a trained ResNet18"),
 }
 # As the paper measured: of the records of a device, those of these conditions are looked at.
 CONDITIONS: dict[str, dict[str, object]] = {
@@ -104,12 +117,14 @@ class Measured:
         certain: Whether the measuring protocol tells it from 'no difference'.
         how: Of what and over what, where the claim does not tell.
         records: Where it comes from.
+        verdict: Where the claim has a rule of its own, what that found.
     """
 
     interval: Timing
     certain: bool = True
     how: str = ""
     records: tuple[Record, ...] = ()
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ class Claim:
     Attributes:
         text: In the words of the paper's table of claims.
         device: gpu, cpu, arm or any.
-        kind: Unit of its numbers: ratio, share, difference, loss or order.
+        kind: Unit of its numbers: ratio, share, difference, loss, or order, whose number is a share.
         v1: The paper's number in version v1.
         corrected: The one in later versions.
         machine: Id of the machine, or None.
@@ -140,6 +155,8 @@ class Claim:
 
     def judge(self, measured: Measured | None) -> Verdict:
         """Return whether the claim holds by what was measured."""
+        if measured and measured.verdict:
+            return measured.verdict
         target = self.v1 if self.corrected is None else self.corrected
         if measured is None or target is None:
             return "not run"
@@ -163,10 +180,45 @@ def list_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> l
             measured = Measured(Timing(rule.value, rule.value, rule.value))
             claims.append(Claim(*known, eager=measured, remark=rule.how))
         elif isinstance(rule, Needs):
-            claims.append(Claim(*known, remark=rule.what))
+            studied = _find_studied(row["claim"], sources)
+            claims += [replace(Claim(*known, remark=m.how), machine=m.records[0].machine, eager=m) for m in studied]
+            claims += [] if studied else [Claim(*known, remark=rule.what)]
         else:
             claims += _list_measured(Claim(*known), rule, records, machines)
     return claims
+
+
+def _find_studied(text: str, sources: Sequence[Source]) -> list[Measured]:
+    """Return what the studies of a claim found, one of each network and of each set of conditions."""
+    if text == TABLE2:
+        return [found for study in list_approximations(sources) if (found := _judge_table2(study))]
+    return [found for salience in list_saliences(sources) if text == FIGURE6 and (found := _judge_figure6(salience))]
+
+
+def _judge_table2(study: Approximation) -> Measured | None:
+    """Judge the order of Table 2: partly, where only one of the other operators is certain to have a higher loss."""
+    mean, found = study.mean(OWN, AVERAGE, ABSOLUTE), {row.rival: row.judge() for row in study.comparisons}
+    if mean is None or not study.is_complete or ONE_SEED in found.values():
+        return None
+    lower = [verdict == HOLDS for verdict in found.values()]
+    is_partly = any(lower) and FAILS not in found.values()
+    verdict: Verdict = "holds" if all(lower) else "partly" if is_partly else "does not hold"
+    told = "; ".join(f"against {rival}: {verdict}" for rival, verdict in found.items())
+    how = f"{name_network(study.condition)}, pictures of {study.condition.get('data')}; {told}"
+    return Measured(Timing(mean.value, mean.low, mean.high), True, how, study.records, verdict)
+
+
+def _judge_figure6(salience: Salience) -> Measured | None:
+    """Judge Figure 6: partly, where the centre is the most frequent of all filters, but not in every stage."""
+    if (total := salience.total) is None or (likelier := salience.is_likelier()) is None:
+        return None
+    share, low, high = (number(total, name) for name in ("centre_share", "low", "high"))
+    if share is None or low is None or high is None:
+        return None
+    is_first = likelier and is_centre(total)
+    verdict: Verdict = "does not hold" if not is_first else "holds" if salience.is_everywhere else "partly"
+    how = f"share of the filters of {name_network(total.condition)} whose centre is salient; 11 % if all were alike"
+    return Measured(Timing(share, low, high), True, how, salience.records, verdict)
 
 
 def _list_measured(
@@ -258,10 +310,11 @@ def _find_flops(records: Sequence[Record]) -> Measured | None:
 
 
 def show_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
-    """Make the table of claims; without any record of operators or networks, nothing."""
-    if not any(select(sources, kind, suite) for kind in ("latency", "ratio") for suite in SUITES):
-        return []
+    """Make the table of claims; without any record of operators or networks, and any study of a claim, nothing."""
     claims = list_claims(sources, machines)
+    has_speeds = any(select(sources, kind, suite) for kind in ("latency", "ratio") for suite in SUITES)
+    if not has_speeds and not any(claim.machine for claim in claims):
+        return []
 
     def value(claim: Claim, shown: float | None) -> Cell | None:
         return None if shown is None else Cell(_tell(shown, claim.kind), shown)
@@ -321,12 +374,15 @@ NOTES = (
     "the direction is certain, the amount is smaller. Does not hold: the direction is not certain, or it is the "
     "opposite one. Not run: no record of such a device, or more than records is needed. Claims that are a mere count "
     "are computed and stand with those of eager PyTorch.",
+    "Table 2: the order is judged, not the size of the loss, which depends on the network; partly, where one of the "
+    "two other operators is not certain to have a higher loss. Figure 6: the centre’s share of all filters has to be "
+    "certain to exceed that of random filters; partly, where it is not the most frequent in every stage.",
     "A speed is the rival’s time over that of FasterNet, time saved is 1 − 1/ratio. v1 was measured with an in-place "
     "PConv; here FasterNet computes the trained function, and PConv is timed in its exact form.",
 )
 
 
 def _tell(value: float, kind: str) -> str:
-    if kind == "share":
+    if kind in ("share", "order"):
         return f"{100 * value:.3g} %"
     return f"{value:.1f}" if kind == "difference" else f"{value:.3g}"

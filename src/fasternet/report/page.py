@@ -10,7 +10,9 @@ from pathlib import Path
 from string import Template
 
 from fasternet.records import Machine
+from fasternet.report.ablation import show_ablation
 from fasternet.report.appendix import show_costs, show_differences, show_environment, show_notes
+from fasternet.report.approximation import show_approximation
 from fasternet.report.architecture import show_figure4
 from fasternet.report.claims import show_claims
 from fasternet.report.data import show_data
@@ -27,11 +29,14 @@ from fasternet.report.operators import show_operators, show_table9_operators
 from fasternet.report.provenance import describe_dates, describe_machine, unique
 from fasternet.report.ratios import show_ratios
 from fasternet.report.raw import show_raw
+from fasternet.report.redundancy import show_redundancy
 from fasternet.report.roofline import show_rooflines
+from fasternet.report.salience import show_receptive_field, show_salience
 from fasternet.report.slower import show_slower
 from fasternet.report.sources import Source, find_machines, load_sources
 from fasternet.report.speed import show_steps, show_training_speed
 from fasternet.report.summary import show_summary
+from fasternet.report.surgery import show_surgery
 from fasternet.report.sweeps import show_sweeps
 from fasternet.report.table5 import show_table5
 from fasternet.report.table8 import show_table8
@@ -59,6 +64,8 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
     "Variants": (show_variants,),
     "Operators": (show_figure1, show_operators, show_rooflines),
     "Forms of PConv": (show_table9_operators, show_table9_networks),
+    "Studies": (show_approximation, show_redundancy, show_receptive_field, show_salience, show_ablation),
+    "Surgery": (show_surgery,),
     "Training speed": (show_training_speed, show_steps),
     "Ratios": (show_ratios,),
     "Learning": (show_learning, show_detectors),
@@ -71,19 +78,25 @@ SECTIONS: dict[str, tuple[Show, ...]] = {
 # What can be shown alone, most of it by the name that it has in the paper.
 ITEMS: dict[str, tuple[Show, ...]] = {
     "table1": (show_operators,),
+    "table2": (show_approximation,),
     "table3": (show_networks,),
     "table4": (show_table4,),
-    "table5": (show_table5,),
+    "table5": (show_table5, show_ablation),
     "table8": (show_table8,),
     "table9": (show_table9_operators, show_table9_networks),
     "fig1": (show_figure1,),
     "fig2": (show_figure2,),
+    "fig3": (show_redundancy,),
     "fig4": (show_figure4,),
+    "fig5": (show_receptive_field,),
+    "fig6": (show_salience,),
     "fig7": (show_figure7,),
     "fig8": (show_figure8,),
     "claims": (show_claims, show_slower),
     "engines": (show_engines,),
     "sweeps": (show_sweeps,),
+    "ablation": (show_ablation,),
+    "surgery": (show_surgery,),
 }
 
 

@@ -196,6 +196,31 @@ def draw_calibration(bins: Sequence[Bin], *, key: str, alt: str) -> Html:
     return _draw_responsive(draw, key=key, alt=alt)
 
 
+def draw_positions(shares: Mapping[str, Sequence[float]], *, key: str, title: str, x_label: str, alt: str) -> Html:
+    """Draw a histogram over the positions of a filter, a bar for each series, and the line on which all are equal."""
+    num_positions, width = len(next(iter(shares.values()))), 0.8 / len(shares)
+
+    def draw(axes: Any) -> list[Mark]:
+        marks = []
+        axes.axhline(100 / num_positions, color=MUTED, linewidth=0.9, dashes=(4, 3), zorder=3)
+        for place, (name, values) in enumerate(shares.items()):
+            xs = [position + 1 - 0.4 + width * (place + 0.5) for position in range(num_positions)]
+            shade = (place + 1) / len(shares)
+            axes.bar(xs, values, width, color=ACCENT, alpha=0.25 + 0.75 * shade, label=name, zorder=2)
+            marks += [(x, value, f"{name}, position {i}", f"{value:.1f} %")
+                      for i, (x, value) in enumerate(zip(xs, values, strict=True), start=1)]  # fmt: skip
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.set_xticks(range(1, num_positions + 1))
+        axes.set_ylim(0, 1.22 * max(map(max, shares.values())))
+        axes.grid(visible=False, axis="x")
+        axes.legend(frameon=False, labelcolor=MUTED, fontsize=10, ncols=4, loc="upper left", handlelength=1,
+                    columnspacing=1, handletextpad=0.4, borderaxespad=0)  # fmt: skip
+        return [Mark(*_pixels(axes, x, value), name, told) for x, value, name, told in marks]
+
+    return _draw_responsive(draw, key=key, alt=alt)
+
+
 def _tell_bin(b: Bin) -> str:
     return f"confidence {b.confidence:.1f} %, accuracy {b.accuracy:.1f} %"
 

@@ -25,7 +25,7 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
     "channels": "C {}".format,
     "height": "H {}".format,
     "width": "W {}".format,
-    "size": "side {}".format,
+    "size": lambda value: f"{value} size" if isinstance(value, str) else f"side {value}",
     "mib": "{} MiB".format,
     **dict.fromkeys(
         ("baseline", "baseline_engine", "baseline_precision", "best_engines", "best_rival", "metric", "sweep", "stage"),

@@ -15,7 +15,10 @@ from fasternet.report.sources import Source, comparable, newest, select
 
 PLOT_WIDTH, PLOT_HEIGHT = 132, 30  # CSS pixels
 MAX_OPEN_ROWS = 60
-DISTINGUISHING = ("baseline", "part", "input_size", "channels", "height", "width")
+DISTINGUISHING = (
+    *("baseline", "part", "input_size", "channels", "height", "width"),
+    *("size", "model", "select", "operator", "match", "init"),  # of the ablation and of surgery
+)
 
 
 def is_control(ratio: Record) -> bool:

@@ -73,12 +73,19 @@ def save_network(
         preprocessing=preprocessing,
         own={
             "name": rival.name,
-            "timm": "builds it" if rival.source == "timm" else f"cannot build it: it is of {rival.source}",
+            "timm": _tell_timm(rival, model),
         },
         facts=facts,
     )
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     write_model_folder(Path(folder), weights, document)
+
+
+def _tell_timm(rival: Rival, model: nn.Module) -> str:
+    """Say whether timm can build a network from its folder."""
+    if "surgery" in getattr(model, "build_options", {}):
+        return "cannot build it: PConv took the place of convolutions"
+    return "builds it" if rival.source == "timm" else f"cannot build it: it is of {rival.source}"
 
 
 def load_network(path: Path | str) -> Checkpoint:

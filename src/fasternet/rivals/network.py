@@ -65,7 +65,9 @@ def create_network(
         num_classes: Where the weights have another number of classes, the classifier stays fresh.
         checkpoint_path: Weights to start from: a model folder, a run folder (its ``best``), or a weights file.
         pretrained: Start from published weights, downloading them once.
-        **options: What the network's builder takes: fields of ``FasterNetConfig``, or options of timm's network.
+        **options: What the network's builder takes: fields of ``FasterNetConfig``, or options of timm's network;
+            ``surgery``, the options of ``replace_convs``, puts PConv into a network that is no FasterNet; it is
+            taken from a checkpoint that has it.
 
     Returns:
         The network in training mode.
@@ -85,11 +87,18 @@ def create_network(
             fasternet.reset_classifier(num_classes)
         return fasternet
     rival = resolve_network(name)
-    model = build_network(rival, num_classes, options, pretrained=pretrained)
-    if checkpoint_path is not None:
-        state, where = _read_weights(Path(checkpoint_path), rival)
-        load_state(model, state, source=where, replace_classifier=True)
+    if checkpoint_path is None:
+        return build_network(rival, num_classes, options, pretrained=pretrained).train()
+    state, where = _read_weights(Path(checkpoint_path), rival)
+    model = build_network(rival, num_classes, {**options, **read_surgery(Path(checkpoint_path))})
+    load_state(model, state, source=where, replace_classifier=True)
     return model.train()
+
+
+def read_surgery(path: Path) -> dict[str, Any]:
+    """Return ``surgery``, the options of ``replace_convs``, of a model folder whose network was operated on."""
+    options = read_config(path)[1].get("model_args", {}) if path.is_dir() else {}
+    return {"surgery": options["surgery"]} if "surgery" in options else {}
 
 
 def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -98,8 +107,15 @@ def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *,
     Returns:
         The network, with ``num_classes`` and ``build_options``, which a model folder keeps.
     """
+    if surgery := options.get("surgery"):
+        from fasternet.models.surgery import replace_convs
+
+        rest = {key: value for key, value in options.items() if key != "surgery"}
+        original = build_network(rival, num_classes, rest, pretrained=pretrained)
+        model, _ = replace_convs(original, **surgery, init="random", measure=False)
+        model.build_options = dict(options)  # type: ignore[assignment]
+        return model
     try:
-        model: nn.Module
         if rival.source == "fasternet":
             if pretrained:
                 raise ValueError("there are no pretrained weights of it; give a file with checkpoint_path")

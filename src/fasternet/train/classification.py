@@ -20,9 +20,9 @@ from fasternet.data.transforms import create_transform, normalize_batch
 from fasternet.environment import create_record
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.models.fasternet import FasterNet
-from fasternet.records import Record
+from fasternet.records import Record, load_records
 from fasternet.rivals import create_network, load_network, save_network
-from fasternet.rivals.network import is_fasternet, resolve_network
+from fasternet.rivals.network import is_fasternet, read_surgery, resolve_network
 from fasternet.train.distill import compute_distillation, create_teacher
 from fasternet.train.distributed import World
 from fasternet.train.evaluate import Evaluation, evaluate
@@ -215,13 +215,14 @@ def train(
         device: Where to compute.
         hooks: What the run tells and asks while it goes on.
     """
+    options = {**(model_options or {}), **_find_surgery(output if resume else checkpoint)}
 
     def create(recipe: Recipe, target: torch.device, world: World, fresh: bool) -> Classification:
         return create_classification(
             model_name,
             data,
             recipe=recipe,
-            model_options=model_options or {},
+            model_options=options,
             device=target,
             world=world,
             checkpoint=checkpoint if fresh else None,
@@ -230,6 +231,17 @@ def train(
 
     begins_with = checkpoint or pretrained
     return train_task(create, output, recipe=recipe, resume=resume, begins_with=begins_with, device=device, hooks=hooks)
+
+
+def _find_surgery(source: Path | None) -> dict[str, Any]:
+    """Return which convolutions of the network were replaced, as a model folder or the log of a run has it."""
+    if source is None:
+        return {}
+    log = source / "log.jsonl"
+    if not log.is_file():
+        return read_surgery(source)
+    found = load_records(log)[0].condition.get("model_options", {})
+    return {"surgery": found["surgery"]} if "surgery" in found else {}
 
 
 def create_classification(

@@ -1,0 +1,117 @@
+"""What the studies share: the folder of one, going on with it, the network that it looks at, its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fasternet.cli._common import note, print_json
+
+if TYPE_CHECKING:
+    from fasternet.analysis.reference import Reference
+    from fasternet.records import Record
+
+Model = Annotated[str, typer.Option(help="FasterNet, a rival's name, or one of timm's, with its published weights.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="A trained network instead: a model folder or a run folder.")]
+Data = Annotated[str, typer.Option(help="Folder of pictures; with a folder per class a network can be trained on it.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the study. [default: outputs/STUDY-TIME]")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study in --output.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
+NumImages = Annotated[int, typer.Option(min=1, help="Pictures, drawn by lot.")]
+InputSize = Annotated[int | None, typer.Option(min=32, help="Side of the pictures. [default: the network's own]")]
+Json = Annotated[bool, typer.Option("--json", help="Print the records as one JSON document.")]
+
+
+def open_study(name: str, output: Path | None, *, resume: bool) -> Path:
+    """Return the folder of a study, by default a new one with the time in its name.
+
+    Raises:
+        FileExistsError: It holds a study, and ``resume`` was not asked for.
+        FileNotFoundError: There is nothing to go on with.
+    """
+    from datetime import datetime
+
+    if resume and output is None:
+        raise typer.BadParameter("say which study with --output", param_hint="--resume")
+    folder = output or Path("outputs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    begun = (folder / "log.jsonl").is_file()
+    if begun and not resume:
+        raise FileExistsError(f"{folder} holds a study already; choose another output, or go on with --resume")
+    if resume and not begun:
+        raise FileNotFoundError(f"no study to go on with in {folder}: it has no log.jsonl")
+    return folder
+
+
+def load_network(model: str, checkpoint: Path | None, data: str | None) -> Reference:
+    """Load the network of a study; where published weights are out of reach, one is trained on the pictures once."""
+    from fasternet.analysis.reference import TRAINED_NETWORK, load_reference
+    from fasternet.cli._training import show_progress
+    from fasternet.train.loop import Hooks
+
+    folder = None if data is None else Path("outputs", f"reference-{TRAINED_NETWORK}-{Path(data).resolve().name}")
+    with show_progress() as progress:
+        hooks = Hooks(progress=progress, say=note)
+        return load_reference(model, checkpoint=checkpoint, data=data, folder=folder, hooks=hooks)
+
+
+def name_data(data: str) -> str:
+    """Return the name of a folder of pictures; of a part of a data set, with the set's."""
+    folder = Path(data).resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name in ("train", "val", "test") else folder.name
+
+
+def draw_pictures(data: str, num_images: int) -> list[Path]:
+    """Return pictures of a folder, drawn by lot: the same ones each time.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no picture in it.
+    """
+    import random
+
+    from fasternet.data.images import find_images
+
+    paths = find_images([Path(data)])
+    return sorted(random.Random(0).sample(paths, min(num_images, len(paths))))
+
+
+def run_study(
+    folder: Path, items: Sequence[str], measure: Callable[[list[Record]], Iterable[Record]], *, as_json: bool
+) -> None:
+    """Write the records as they come, then the page; print the result, and the page's path last.
+
+    Args:
+        folder: Of the study.
+        items: What the page shows, by the names of ``report.page.ITEMS``.
+        measure: Takes the records that are there already, and yields new ones.
+        as_json: Print the records in place of the tables.
+    """
+    from fasternet.benchmark.results import save_results
+    from fasternet.records import load_records
+    from fasternet.report.page import create_report, render_item
+
+    log = folder / "log.jsonl"
+    known = load_records(log) if log.is_file() else []
+    try:
+        for _ in save_results(log, measure(known)):
+            pass
+    except KeyboardInterrupt:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        given = [] if {"-o", "--output"} & set(words) else ["--output", str(folder)]
+        line = shlex.join(["fasternet", *words, *given, "--resume"])
+        raise InterruptedError(f"stopped; go on with: {line}") from None
+    page = create_report([log], folder / "report.html", items=items)
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in load_records(log)])
+        note(str(page))
+        return
+    for item in items:
+        print(render_item(item, [log]))
+    print(page)

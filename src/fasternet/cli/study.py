@@ -1,0 +1,193 @@
+"""``fasternet study``: what the paper claims of PConv, measured on networks and pictures at hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fasternet.cli._common import note, shorten_spinning, track
+from fasternet.cli._measured import split
+from fasternet.cli._study import (
+    Checkpoint,
+    Data,
+    InputSize,
+    Json,
+    Model,
+    NumImages,
+    Output,
+    Resume,
+    Seeds,
+    draw_pictures,
+    load_network,
+    name_data,
+    open_study,
+    run_study,
+)
+
+if TYPE_CHECKING:
+    from fasternet.records import Record
+
+study = typer.Typer(help="Studies: approximation, redundancy, salience, ablation.", no_args_is_help=True)
+
+Layers = Annotated[str | None, typer.Option("--layer", help="Modules of the network, separated by commas.")]
+OptionalData = Annotated[str | None, typer.Option("--data", help="Folder of pictures that the numbers are taken over.")]
+
+
+@study.command("approximation")
+def approximation(
+    data: Data,
+    model: Model = "resnet50.tv_in1k",
+    checkpoint: Checkpoint = None,
+    layers: Layers = None,
+    operators: Annotated[str | None, typer.Option(help="Separated by commas. [default: all]")] = None,
+    target: Annotated[str, typer.Option(help="What is met: the map before (conv) or after BN (norm).")] = "conv",
+    normalize: Annotated[str, typer.Option(help="Of the maps: none, layer (one scale) or channel.")] = "layer",
+    seeds: Seeds = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most. [default: the study's]")] = None,
+    num_images: NumImages = 4000,
+    input_size: InputSize = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
+    output: Output = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Approximate regular convolutions of a trained network by PConv + PWConv and others, as in Table 2.
+
+    The maps before and after the first 3x3 convolution with stride 1 of each stage are the data.
+
+    Example: fasternet study approximation --data flowers --seeds 3
+    """
+    shorten_spinning()
+    from fasternet.analysis.approximation import measure_approximation
+
+    folder = open_study("approximation", output, resume=resume)
+    pictures = draw_pictures(data, num_images)
+    reference = load_network(model, checkpoint, data)
+    options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+
+    def measure(known: list[Record]) -> Iterator[Record]:
+        return measure_approximation(
+            reference,
+            pictures,
+            data=name_data(data),
+            layers=split(layers),
+            operators=split(operators),
+            target=target,  # type: ignore[arg-type]
+            normalize=normalize,  # type: ignore[arg-type]
+            seeds=range(seeds),
+            input_size=input_size,
+            num_workers=workers,
+            known=known,
+            track=track,
+            say=note,
+            **options,
+        )
+
+    run_study(folder, ["table2"], measure, as_json=json)
+
+
+@study.command("redundancy")
+def redundancy(
+    picture: Annotated[Path, typer.Argument(help="The picture whose maps are drawn.")],
+    model: Model = "resnet50.tv_in1k",
+    checkpoint: Checkpoint = None,
+    layers: Layers = None,
+    data: OptionalData = None,
+    num_images: NumImages = 256,
+    input_size: InputSize = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 0,
+    output: Output = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Draw the maps of a network's layers for a picture, as in Figure 3, and measure how redundant they are.
+
+    Example: fasternet study redundancy photo.jpg --model ResNet50 --data photos
+    """
+    shorten_spinning()
+    from fasternet.analysis.redundancy import measure_redundancy
+
+    folder = open_study("redundancy", output, resume=resume)
+    pictures = [picture] if data is None else draw_pictures(data, num_images)
+    reference = load_network(model, checkpoint, data)
+
+    def measure(known: list[Record]) -> Iterator[Record]:
+        return measure_redundancy(
+            reference,
+            pictures,
+            folder,
+            data=picture.name if data is None else name_data(data),
+            layers=split(layers),
+            picture=picture,
+            input_size=input_size,
+            num_workers=workers,
+            known=known,
+            track=track,
+        )
+
+    run_study(folder, ["fig3"], measure, as_json=json)
+
+
+@study.command("salience")
+def salience(
+    model: Model = "resnet18.tv_in1k",
+    checkpoint: Checkpoint = None,
+    data: OptionalData = None,
+    output: Output = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Find the position of each 3x3 filter with the largest norm, as in Figure 6; and the fields of Figure 5.
+
+    Example: fasternet study salience --checkpoint outputs/my-run
+    """
+    shorten_spinning()
+    from fasternet.analysis.salience import measure_receptive_field, measure_salience
+
+    folder = open_study("salience", output, resume=resume)
+    reference = load_network(model, checkpoint, data)
+
+    def measure(known: list[Record]) -> Iterator[Record]:
+        done = [(record.suite, record.subject, record.condition) for record in known]
+        for record in itertools.chain(measure_salience(reference), measure_receptive_field()):
+            if (record.suite, record.subject, record.condition) not in done:
+                yield record
+
+    run_study(folder, ["fig6", "fig5"], measure, as_json=json)
+
+
+@study.command("ablation")
+def ablation(
+    data: Annotated[str, typer.Option(help="Folder of pictures with a folder per class.")],
+    size: Annotated[str, typer.Option(help="small (width 16, 64 px) or full (T0, 224 px).")] = "small",
+    variants: Annotated[str | None, typer.Option(help="Separated by commas. [default: all]")] = None,
+    seeds: Seeds = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each run. [default: by the size]")] = None,
+    num_train: Annotated[int | None, typer.Option(min=1, help="Training pictures. [default: by the size]")] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure the latencies too.")] = True,
+    output: Output = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Train and time the variants of Table 5, and those that the paper leaves out, on a small set of pictures.
+
+    Example: fasternet study ablation --data cifar10 --seeds 3
+    """
+    shorten_spinning()
+    from fasternet.analysis.ablation import measure_ablation, measure_ablation_latency
+
+    folder = open_study("ablation", output, resume=resume)
+    shared: dict[str, Any] = {"size": size, "variants": split(variants), "track": track}
+
+    def measure(known: list[Record]) -> Iterator[Record]:
+        yield from measure_ablation(
+            data, seeds=range(seeds), epochs=epochs, num_train=num_train, known=known, say=note, **shared
+        )
+        if latency:
+            yield from measure_ablation_latency(known=known, **shared)
+
+    run_study(folder, ["ablation"], measure, as_json=json)

@@ -1,0 +1,170 @@
+"""``fasternet surgery``: PConv in somebody else's network, with what it costs before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fasternet.cli._common import note, print_json, shorten_spinning
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fasternet.models import Checkpoint
+    from fasternet.models.surgery import SurgeryReport
+    from fasternet.records import Record
+
+
+def surgery(
+    name: Annotated[str, typer.Argument(help="A rival's name, or one of timm's, such as ResNet50 or mobilenetv2_100.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Its trained weights: a model folder, a run folder or a file.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Its published weights.")] = False,
+    select: Annotated[
+        str, typer.Option(help="regular, depthwise, all, or a regular expression that names of convolutions match.")
+    ] = "regular",
+    kind: Annotated[
+        str, typer.Option(help="pconv (PConv + PWConv), or pconv_alone before a pointwise convolution.")
+    ] = "pconv",
+    match: Annotated[str, typer.Option(help="Widen to equal macs or params, or none.")] = "none",
+    init: Annotated[
+        str, typer.Option(help="approximate (in closed form, from the weights) or random.")
+    ] = "approximate",
+    partial_ratio: Annotated[float, typer.Option(help="r, the share of the channels that is convolved.")] = 0.25,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of pictures: approximate on their maps, not on the weights alone.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of --data that are used, drawn by lot.")] = 256,
+    num_classes: Annotated[int, typer.Option(min=1, help="Of a network without weights.")] = 1000,
+    input_size: Annotated[
+        int | None, typer.Option(min=32, help="Side of the pictures. [default: the network's own]")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the latencies.")] = 1,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure before and after.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the new network here, as a model folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Add the record to this file (*.jsonl).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Replace convolutions of a network by PConv + PWConv; print what was replaced, why others were not, and the costs.
+
+    The folder of --output is taken by ``train --checkpoint``, ``eval`` and ``predict`` like any other.
+
+    Example: fasternet surgery resnet18 --input-size 64 --no-latency
+    """
+    shorten_spinning()
+    import dataclasses
+
+    from fasternet.cli._study import name_data
+    from fasternet.models.surgery import replace_convs
+
+    if output is not None and output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists already; choose another output")
+    original = _load(name, checkpoint, pretrained, num_classes)
+    size = input_size or original.preprocessing.input_size
+    preprocessing = dataclasses.replace(original.preprocessing, input_size=size)
+    images = None if data is None else _load_images(data, num_images, preprocessing)
+    arguments: dict[str, Any] = {"kind": kind, "match": match, "init": init, "partial_ratio": partial_ratio}
+    model, report = replace_convs(
+        original.model,
+        select,
+        **arguments,
+        images=images,
+        input_shape=(1, 3, size, size),
+        measure=latency,
+        threads=threads,
+        prepare=lambda network: _fold(network, size),
+    )
+    weights = "published" if pretrained else checkpoint.resolve().name if checkpoint else "random"
+    source = None if data is None else name_data(data)
+    record = create_surgery_record(original.name, weights, source, size, threads, report)
+    if out is not None:
+        from fasternet.benchmark.results import save_results
+
+        list(save_results(out, [record]))
+    if json:
+        print_json(dataclasses.asdict(record))
+    else:
+        print(report)
+    if output is not None:
+        _save(output, dataclasses.replace(original, preprocessing=preprocessing), model, report)
+        (note if json else print)(str(output))
+
+
+def _load(name: str, checkpoint: Path | None, pretrained: bool, num_classes: int) -> Checkpoint:
+    from fasternet.models import Checkpoint
+    from fasternet.rivals import create_network, is_fasternet, load_network, load_rival, resolve_network
+
+    if is_fasternet(name):
+        raise ValueError(f"{name} is built on PConv already; name another network")
+    if checkpoint is not None and pretrained:
+        raise ValueError("give --checkpoint or --pretrained, not both")
+    if checkpoint is not None and checkpoint.is_dir():
+        found = load_network(checkpoint)
+        if found.name != resolve_network(name).name:
+            raise ValueError(f"{checkpoint} holds {found.name}, and {name} was asked for")
+        return found
+    if checkpoint is not None or pretrained:
+        return load_rival(name, checkpoint)
+    from fasternet.models.checkpoint import Preprocessing
+
+    rival = resolve_network(name)
+    return Checkpoint(
+        name=rival.name,
+        model=create_network(name, num_classes=num_classes).eval(),
+        class_names=None,
+        preprocessing=Preprocessing(input_size=rival.input_size),
+    )
+
+
+def _load_images(data: str, num_images: int, preprocessing: Any) -> Tensor:
+    """Return pictures (N, 3, S, S), normalised."""
+    import torch
+
+    from fasternet.analysis.reference import load_pictures
+    from fasternet.cli._study import draw_pictures
+
+    return torch.cat(list(load_pictures(draw_pictures(data, num_images), preprocessing, batch_size=64)))
+
+
+def _fold(network: nn.Module, size: int) -> nn.Module:
+    import torch
+
+    from fasternet.deploy import fold_batch_norm
+
+    return fold_batch_norm(network, torch.zeros(1, 3, size, size))
+
+
+def create_surgery_record(
+    name: str, weights: str, data: str | None, size: int, threads: int, report: SurgeryReport
+) -> Record:
+    """Return the record of an operation."""
+    import dataclasses
+
+    from fasternet.environment import create_record
+
+    options = dict(report.options)
+    condition = {"model": name, "weights": weights, "data": data, "operator": options.pop("kind"), **options}
+    condition |= {"input_size": size, "batch_size": 1, "threads": threads}
+    condition.pop("input_shape", None)
+    values = {key: value for key, value in dataclasses.asdict(report).items() if key != "options"}
+    return create_record("surgery", "study", name, condition=condition, values=values)
+
+
+def _save(folder: Path, original: Checkpoint, model: nn.Module, report: SurgeryReport) -> None:
+    from fasternet.rivals import save_network
+
+    model.num_classes = original.num_classes  # type: ignore[assignment]
+    built = {key: value for key, value in report.options.items() if key != "init"}
+    model.build_options = {**getattr(original.model, "build_options", {}), "surgery": built}  # type: ignore[assignment]
+    save_network(
+        folder,
+        model,
+        name=original.name,
+        class_names=original.class_names,
+        preprocessing=original.preprocessing,
+    )

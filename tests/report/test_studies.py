@@ -1,0 +1,315 @@
+"""Studies: Table 2, Figures 3, 5 and 6 and the ablation from records, and the paper's claims judged by them."""
+
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fasternet.records import Record, append_records
+from fasternet.report import create_report
+from fasternet.report.ablation import list_variants, show_ablation
+from fasternet.report.approximation import ABSOLUTE, OWN, RELATIVE, list_approximations, show_approximation
+from fasternet.report.claims import FIGURE6, TABLE2, list_claims, show_claims
+from fasternet.report.page import render_item
+from fasternet.report.ratios import show_ratios
+from fasternet.report.redundancy import show_redundancy
+from fasternet.report.salience import show_receptive_field, show_salience
+from fasternet.report.seeds import STUDENT_T, Mean, find_difference, find_mean, judge_difference
+from fasternet.report.sources import Source
+from fasternet.report.summary import show_summary
+
+Write = Callable[[list[Record]], Path]
+NETWORK = {"model": "resnet18", "weights": "resnet18-flowers"}
+LAYERS = (
+    ("layer1.0.conv1", 64, 16),
+    ("layer2.0.conv2", 128, 8),
+    ("layer3.0.conv2", 256, 4),
+    ("layer4.0.conv2", 512, 2),
+)
+LOSSES = {"DWConv + PWConv": 0.30, "GConv(16) + PWConv": 0.22, OWN: 0.20, "T-shaped": 0.12, f"{OWN} r=1/2": 0.10}
+
+
+def read(records: list[Record]) -> list[Source]:
+    return [Source(Path("some.jsonl"), tuple(records))]
+
+
+def make_approximation(
+    make: Callable[..., Record], losses: dict[str, float] = LOSSES, seeds: int = 3, **changes: Any
+) -> list[Record]:
+    """Losses that grow with the stage, move with the seed and are four times as large in the maps' own units."""
+    records = []
+    shared = {"target": "conv", "normalize": "layer", "epochs": 10, "patience": 3, "batch_size": 32, "lr": 0.003}
+    shared |= {"input_size": 64, "num_train": 607, "num_validation": 87, "num_test": 174, "data": "flowers"} | changes
+    for seed in range(seeds):
+        for (name, loss), (stage, (layer, channels, side)) in (
+            (pair, place) for pair in losses.items() for place in enumerate(LAYERS, start=1)
+        ):
+            relative = loss * (0.7 + 0.2 * stage) + 0.004 * math.sin(5 * seed + stage + 9 * loss)
+            own = {"stage": stage, "layer": layer, "bias": stage == 1, "seed": seed}
+            values = {
+                **{"in_channels": channels, "out_channels": channels, "height": side, "width": side},
+                **{"num_params": channels**2, "macs": channels**2 * side**2, "mse": 4 * relative},
+                **{"relative_mse": relative, "validation_relative_mse": relative, "best_epoch": 7},
+                **{"num_epochs": 9, "target_variance": 4.0},
+            }
+            condition = {**NETWORK, **shared, **own}
+            records.append(make("approximation", "study", name, condition=condition, values=values))
+    return records
+
+
+def make_redundancy(make: Callable[..., Record]) -> list[Record]:
+    condition = {**NETWORK, "data": "flowers", "input_size": 64, "num_images": 200}
+    records = []
+    for stage, (layer, channels, side) in enumerate(LAYERS, start=1):
+        values = {
+            **{"stage": stage, "channels": channels, "height": side, "width": side, "redundant_share": 0.08},
+            **{"mean_abs_correlation": 0.21, "effective_rank": 0.3 * channels, "first_quarter_variance_share": 0.24},
+            **{"first_quarter_explained_share": 0.71, "best_quarter_explained_share": 0.93},
+            **{"random_quarter_explained_share": 0.7, "num_positions": 200 * side**2, "num_dead": 0, "num_shown": 64},
+        }
+        grid = {"grid": f"pictures/{layer}.png"}
+        records.append(
+            make(
+                "redundancy", "study", layer, condition=condition, values=values, attachments=grid if stage < 3 else {}
+            )
+        )
+    return records
+
+
+def make_salience(make: Callable[..., Record], centre: int = 60, last: int | None = None) -> list[Record]:
+    """Of 160 filters a stage, so many with the centre, the others spread evenly; ``last`` for stage 4."""
+    records = []
+    totals = [0] * 9
+    for stage in range(1, 5):
+        own = last if last is not None and stage == 4 else centre
+        counts = [(160 - own) // 8] * 9
+        counts[4] = own
+        totals = [a + b for a, b in zip(totals, counts, strict=True)]
+        records.append(_make_salience(make, f"stage {stage}", counts))
+    return [*records, _make_salience(make, "all", totals)]
+
+
+def _make_salience(make: Callable[..., Record], subject: str, counts: list[int]) -> Record:
+    share = counts[4] / sum(counts)
+    values = {
+        **{"counts": counts, "num_filters": sum(counts), "kernel_size": 3, "centre_share": share, "low": share - 0.05},
+        **{"high": share + 0.05, "uniform_share": 1 / 9, "centre_share_random": 0.112, "layers": ["a", "b"]},
+        "mean_norms": [0.9, 1.0, 0.9, 1.0, 1.4, 1.0, 0.9, 1.0, 0.9],
+    }
+    return make("salience", "study", subject, condition=NETWORK, values=values)
+
+
+def make_fields(make: Callable[..., Record]) -> list[Record]:
+    records = []
+    for name, peak in ((OWN, 0.7), ("T-shaped", 0.6), ("Conv", 1 / 9)):
+        for depth in (1, 8):
+            side = 2 * depth + 1
+            weights = [
+                [math.exp(-((x - depth) ** 2 + (y - depth) ** 2) / (2 * depth * (1.2 - peak))) for x in range(side)]
+                for y in range(side)
+            ]
+            total = sum(map(sum, weights))
+            field = [[value / total for value in row] for row in weights]
+            values: dict[str, Any] = {"size": side, "field": field, "centre_share": field[depth][depth]}
+            if depth == 1:
+                values["by_channel"] = [[0.2] * 9, [0, 0, 0, 0, 0.75, 0, 0, 0, 0]]
+            condition = {"channels": 64, "depth": depth, "kernel_size": 3, "num_draws": 64, "seed": 0}
+            records.append(make("receptive_field", "study", name, condition=condition, values=values))
+    return records
+
+
+ABLATED = {
+    "base": ("base", "r = 1/4, BN, GELU, PConv of kernel 3 over the first channels", 60.0),
+    "r=1/8": ("partial ratio", "r = 1/8, equal multiply-adds by width 17 (base 16)", 59.5),
+    "LN": ("normalization", "LayerNorm over the channels in place of every BN", 55.0),
+    "kernel 5": ("kernel size", "PConv of kernel 5", 62.0),
+}
+
+
+def make_ablation(example: ModuleType, seeds: int = 3) -> list[Record]:
+    recipe = {"size": "small", "data": "cifar10", "epochs": 8, "batch_size": 64, "lr": 0.004, "input_size": 64}
+    recipe |= {"num_train": 6000, "num_validation": 2000, "precision": "fp32"}
+    records = []
+    rng = random.Random(0)
+    for name, (group, differs, top1) in ABLATED.items():
+        for seed in range(seeds):
+            values = {"group": group, "differs": differs, "top1": top1 + 0.4 * seed + 0.2 * rng.random()}
+            values |= {"validation_loss": 1.1, "train_loss": 1.0, "num_params": 210_000, "macs": 9_100_000}
+            condition = recipe | {"seed": seed}
+            records.append(example.make("ablation", "study", name, condition=condition, values=values | {"seconds": 9}))
+    condition = example.CPU | {"size": "small", "input_size": 64}
+    for name, ratio in (("base", 1.0), ("r=1/8", 1.01), ("LN", 1.3), ("kernel 5", 1.1)):
+        records.append(example.make_latency("ablation", name, 3 * ratio, condition, macs=9e6))
+        records.append(example.make_ratio("ablation", name, "base", ratio, condition))
+    return records
+
+
+def make_studies(example: ModuleType) -> list[Record]:
+    records = [*make_approximation(example.make), *make_redundancy(example.make), *make_fields(example.make)]
+    return [*records, *make_salience(example.make), *make_ablation(example)]
+
+
+def test_page_has_the_studies_and_safe_unique_markup(example: ModuleType, write: Write, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    named = dict.fromkeys(LOSSES, 0.2) | {evil: 0.3}
+    records = [*make_studies(example), *make_approximation(example.make, named, model=evil, data=evil)]
+    page = create_report([write(records)], tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = page.partition('<script type="application/jsonl"')[0]
+    assert re.findall(r"<h2>(.*?)</h2>", shown) == ["Summary", "Claims", "Studies", "Ratios", "Environment", "Records"]
+    assert evil not in shown
+    assert shown.count("&lt;script&gt;") > 5
+    anchors = re.findall(r' id="([^"]*)"', page)
+    assert len(anchors) == len(set(anchors)) > 20
+    titles = ["Table 2. Loss", "Figure 3.", "Figure 5.", "Figure 6.", "Table 5 on small data."]
+    places = [shown.index(f">{title}") for title in titles]
+    assert places == sorted(places)
+
+
+def test_interval_is_students_t_over_the_seeds() -> None:
+    values = [1.0, 2.0, 4.0]
+    mean = find_mean(values)
+    assert mean is not None
+    assert mean.margin == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3))
+    assert find_mean([5.0]) == Mean(5.0, None, 1)
+    assert find_mean([]) is None
+    assert len(STUDENT_T) == 30
+    assert tuple(sorted(STUDENT_T, reverse=True)) == STUDENT_T
+
+
+def test_difference_is_paired_by_seed() -> None:
+    difference = find_difference({0: 1.0, 1: 11.0, 2: 21.1, 7: 99.0}, {0: 2.0, 1: 12.0, 2: 22.0})
+    assert difference is not None
+    assert difference.num_seeds == 3
+    assert difference.value == pytest.approx(-2.9 / 3)
+    assert judge_difference(difference, below="less", above="more") == "less"  # unpaired, far from it
+    assert judge_difference(Mean(-1.0, 1.5, 3), below="less", above="more") == "not distinguishable"
+    assert judge_difference(Mean(-1.0, None, 1), below="less", above="more") == "one seed"
+
+
+def test_average_is_that_of_the_layers_seed_by_seed(example: ModuleType) -> None:
+    records = make_approximation(example.make)
+    (study,) = list_approximations(read(records))
+    own = [r for r in records if r.subject == OWN]
+    by_seed = [statistics.fmean(r.values["mse"] for r in own if r.condition["seed"] == seed) for seed in range(3)]
+    mean = study.mean(OWN, "average", ABSOLUTE)
+    assert mean is not None
+    assert mean.value == pytest.approx(statistics.fmean(by_seed))
+    (partial,) = list_approximations(read([r for r in records if (r.subject, r.condition["stage"]) != (OWN, 4)]))
+    assert partial.mean(OWN, "average", ABSOLUTE) is None
+    assert partial.judge() is None
+
+
+@pytest.mark.parametrize(
+    ("gconv", "verdict", "claim"),
+    [(0.25, "holds", "holds"), (0.2, "not distinguishable", "partly"), (0.15, "does not hold", "does not hold")],
+)
+def test_order_of_table2_is_judged(example: ModuleType, gconv: float, verdict: str, claim: str) -> None:
+    sources = read(make_approximation(example.make, LOSSES | {"GConv(16) + PWConv": gconv}))
+    (study,) = list_approximations(sources)
+    assert (study.judge(), study.judge(RELATIVE)) == (verdict, verdict)
+    (row,) = (row for row in list_claims(sources, {}) if row.text == TABLE2)
+    assert row.judge(row.eager) == claim
+    assert "resnet18 (weights resnet18-flowers)" in row.remark
+    assert f"against GConv(16) + PWConv: {verdict}" in row.remark
+
+
+def test_one_seed_judges_nothing(example: ModuleType) -> None:
+    sources = read(make_approximation(example.make, seeds=1))
+    assert "is not judged, one seed has no interval" in show_approximation(sources, {})[1]
+    (row,) = (row for row in list_claims(sources, {}) if row.text == TABLE2)
+    assert (row.eager, row.remark[:5]) == (None, "needs")
+
+
+def test_table2_marks_the_lowest_and_quotes_the_paper(example: ModuleType, write: Write) -> None:
+    text = render_item("table2", [write(make_approximation(example.make))])
+    (first, last) = (line for line in text.split("\n") if line.startswith("| 1 |"))
+    assert first.startswith("| 1 | layer1.0.conv1 | 64 × 16 × 16 |")
+    assert first.count("**") == last.count("**") == 2
+    assert last.endswith("| 0.0089 | 0.0065 | 0.0069 |")
+    assert text.index("DWConv + PWConv") < text.index("T-shaped")
+    assert "607 to train, 87 to stop early, 174 to test" in text
+    assert "holds on the average" in text
+
+
+def test_table2_is_one_for_each_set_of_conditions(example: ModuleType) -> None:
+    records = [*make_approximation(example.make), *make_approximation(example.make, input_size=224)]
+    found = [html for html in show_approximation(read(records), {}) if "Table 2. Loss" in html]
+    assert [size for html in found for size in ("at 64 px", "at 224 px") if size in html] == ["at 64 px", "at 224 px"]
+
+
+def test_figure3_shows_grids_and_numbers(example: ModuleType, tmp_path: Path) -> None:
+    append_records(tmp_path / "log.jsonl", make_redundancy(example.make))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "layer1.0.conv1.png").write_bytes(example.make_picture())
+    page = create_report([tmp_path], tmp_path / "report.html", items=["fig3"]).read_text(encoding="utf-8")
+    assert page.count('src="data:image/png') == 1
+    assert "no picture" in page  # of layer 2, whose file is missing
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| layer4.0.conv2 | 4 | 512 × 2 × 2 | 800 | 0.210 | 8.0 | 153.6 | 30 | 24.0 | 71.0 | 70.0 | 93.0 |" in text
+    assert show_redundancy(read(make_ablation(example)), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("centre", "last", "verdict"), [(60, None, "holds"), (60, 8, "partly"), (16, None, "does not hold")]
+)
+def test_figure6_is_judged_by_all_stages(example: ModuleType, centre: int, last: int | None, verdict: str) -> None:
+    sources = read(make_salience(example.make, centre, last))
+    (row,) = (row for row in list_claims(sources, {}) if row.text == FIGURE6)
+    assert row.judge(row.eager) == verdict
+    (html,) = show_salience(sources, {})
+    assert html.count(">no<") == {"holds": 0, "partly": 1, "does not hold": 5}[verdict]
+    assert f"stage 1, position 5: {100 * centre / sum(sources[0].records[0].values['counts']):.1f} %" in html
+
+
+def test_figure5_draws_every_field(example: ModuleType, write: Write) -> None:
+    (html,) = show_receptive_field(read(make_fields(example.make)), {})
+    assert html.count("<svg") == 6
+    assert html.count("<rect") == 3 * (3**2 + 1) + 3 * (17**2 + 1)
+    assert f"| {OWN} | the others | 0.75 | 100.0 |" in render_item("fig5", [write(make_fields(example.make))])
+
+
+def test_ablation_compares_with_the_base(example: ModuleType) -> None:
+    records = make_ablation(example)
+    rows = {row.name: row for row in list_variants(records[:12], [r for r in records if r.kind == "ratio"])}
+    assert list(rows) == list(ABLATED)
+    assert rows["base"].difference is None
+    assert rows["base"].ratios == {}
+    verdicts = {
+        name: judge_difference(row.difference, below="worse", above="better")
+        for name, row in rows.items()
+        if row.difference
+    }
+    assert verdicts == {"r=1/8": "worse", "LN": "worse", "kernel 5": "better"}
+    (html,) = show_ablation(read(records), {})
+    assert "3 seeds, 8 epochs of 6,000 pictures of cifar10 at 64 px, judged on 2,000, not ImageNet." in html
+    assert ">−0.6<" in html  # the paper's r = 1/8
+    assert ">1.30<" in html
+
+
+def test_table5_is_whatever_there_is_of_it(example: ModuleType, write: Write) -> None:
+    text = render_item("table5", [write(make_ablation(example))])
+    assert text.startswith("**Table 5 on small data.")
+    times = [record for record in make_ablation(example) if record.kind != "study"]
+    assert "time alone" in render_item("table5", [write(times)])
+
+
+def test_times_of_the_ablation_stay_out_of_the_headline(example: ModuleType) -> None:
+    records = make_ablation(example)
+    assert show_summary(read(records), {}) == []
+    assert show_claims(read(records), {}) == []
+    assert "Ratios of time, ablation" in show_ratios(read(records), {})[0]
+
+
+def test_sizes_of_the_ablation_do_not_mix(example: ModuleType) -> None:
+    small = make_ablation(example)
+    full = [example.make_ratio("ablation", "LN", "base", 2.5, example.CPU | {"size": "full", "input_size": 224})]
+    shown = show_ablation(read([*small, *full]), {})
+    assert len(shown) == 2
+    assert ">2.50<" not in shown[0]
+    assert ">2.50<" in shown[1]
