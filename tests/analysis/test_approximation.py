@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from fasternet.analysis import approximation
-from fasternet.analysis.approximation import OPERATORS, measure_approximation, split_pictures
+from fasternet.analysis.approximation import LEAST_SQUARES, OPERATORS, measure_approximation, split_pictures
 from fasternet.analysis.fitting import Fit, LayerMap, evaluate, fit_operators, measure_scales
 from fasternet.analysis.reference import Layer, Reference
 from fasternet.models.checkpoint import Preprocessing
@@ -72,6 +72,19 @@ def test_the_operator_that_the_layer_is_fits_it_and_others_do_not():
         assert error[label] < 0.01, label
     for label in ("DWConv + PWConv", "GConv(16) + PWConv", "PConv + PWConv r=1/8"):
         assert error[label] > 0.05, label
+
+
+def test_least_squares_is_below_what_training_reaches(pictures):
+    options = {**FEW, "operators": [PCONV, LEAST_SQUARES], "epochs": 30, "patience": 30, "lr": 0.03}
+    (_, exact) = measure_approximation(_create_reference(), pictures, **options)
+    assert exact.values["relative_mse"] < 1e-9
+    reference = _create_reference()
+    nn.init.normal_(reference.model.conv.weight)
+    trained, solved = (record.values for record in measure_approximation(reference, pictures, **options))
+    assert 0.1 < solved["relative_mse"] < trained["relative_mse"]
+    assert (solved["num_epochs"], solved["num_params"]) == (0, trained["num_params"])
+    with pytest.raises(ValueError, match=r"operator 'PConv \+ PWConv, least squares' is not one of"):
+        list(measure_approximation(reference, pictures, **options, normalize="channel"))
 
 
 def test_a_record_says_what_was_done(pictures):

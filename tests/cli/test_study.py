@@ -1,6 +1,7 @@
 """``fasternet study`` and ``surgery``: folders, going on, what is printed; the studies themselves are stood in for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,18 @@ def test_surgery_prints_and_saves_a_network_that_trains_on(folder):
     train("resnet18", "flowers", folder / "run", recipe=recipe, resume=True)  # knows the network from its log
 
 
+def test_surgery_takes_a_network_of_a_file(folder):
+    script = str(Path(__file__).parents[2] / "runs" / "c2f.py")
+    options = ("--input-channels", "64", "--input-size", "16", "--match", "macs", "--no-latency", "--json")
+    result = invoke("surgery", f"{script}:create", *options)
+    assert result.exit_code == 0, result.exception
+    values = json.loads(result.stdout)["values"]
+    assert [layer["name"] for layer in values["replaced"]] == [
+        f"bottlenecks.{block}.convs.{conv}.0" for block in range(2) for conv in range(2)
+    ]
+    assert values["macs_after"] == pytest.approx(values["macs_before"], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -149,9 +162,15 @@ def test_surgery_prints_and_saves_a_network_that_trains_on(folder):
         (("resnet50", "--checkpoint", "net"), "net holds resnet18, and resnet50 was asked for"),
         (("resnet18", "--checkpoint", "net", "--pretrained"), "give --checkpoint or --pretrained, not both"),
         (("resnet18", "--checkpoint", "net", "-o", "flowers"), "flowers exists already"),
+        (("mine.py:create",), "no Python file at mine.py"),
+        (("empty.py:create",), "empty.py has no function create"),
+        (("number.py:create",), "create of number.py must return a torch.nn.Module, not int"),
+        (("number.py:create", "-o", "new"), "comes as it is: use replace_convs in Python"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, sentence):
+def test_bad_input_is_one_sentence(arguments, sentence, folder):
+    (folder / "empty.py").write_text("")
+    (folder / "number.py").write_text("def create():\n    return 3\n")
     result = invoke("surgery", *arguments, "--no-latency", "--input-size", "32")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError | OSError)

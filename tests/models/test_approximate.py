@@ -53,7 +53,7 @@ CONVS = [
 def test_error_is_that_of_the_layer_on_the_maps(options):
     conv = nn.Conv2d(**{"kernel_size": 3, "padding": 1, "bias": False, **options})
     x = smooth_maps(20, conv.in_channels)
-    fit = approximate_conv(conv, 3, measure_moments(nn.Sequential(conv), {"0": 3}, x)["0"])
+    fit = approximate_conv(conv, 3, measure_moments(nn.Sequential(conv), {"0": 3}, [x])["0"])
     with torch.no_grad():
         assert relative_error(build(conv, fit, 3)(x), conv(x)) == pytest.approx(fit.error, rel=1e-3, abs=1e-6)
     assert fit.error < approximate_conv(conv, 3).error  # maps are easier than noise
@@ -73,7 +73,7 @@ def test_a_conv_of_the_same_form_is_found_exactly(options):
         rest = conv.weight[3:] if conv.groups > 1 else conv.weight[:, 3:]
         rest[..., outside] = 0
         x = smooth_maps(20, conv.in_channels)
-        for moments in (None, measure_moments(nn.Sequential(conv), {"0": 3}, x)["0"]):
+        for moments in (None, measure_moments(nn.Sequential(conv), {"0": 3}, [x])["0"]):
             fit = approximate_conv(conv, 3, moments)
             assert fit.error < 1e-9
             assert relative_error(build(conv, fit, 3)(x), conv(x)) < 1e-9
@@ -83,7 +83,7 @@ def test_a_conv_of_the_same_form_is_found_exactly(options):
 def test_closed_form_is_at_least_as_good_as_adam(monkeypatch):
     conv = nn.Conv2d(8, 8, 3, padding=1)
     x = smooth_maps(16, 8, 4)
-    moments = measure_moments(nn.Sequential(conv), {"0": 2}, x)["0"]
+    moments = measure_moments(nn.Sequential(conv), {"0": 2}, [x])["0"]
     with torch.no_grad():
         target = conv(x)
         ours = (build(conv, approximate_conv(conv, 2, moments), 2)(x) - target).square().mean()
@@ -106,7 +106,7 @@ def test_both_forms_agree_on_white_noise():
     with torch.no_grad():
         conv.weight[:2] *= 4  # two outputs stand out, so that noise leaves no doubt about the best two directions
     x = torch.randn(50, 8, 96, 96)  # large: zeros are padded at the border
-    white, maps = approximate_conv(conv, 2), measure_moments(nn.Sequential(conv), {"0": 2}, x)["0"]
+    white, maps = approximate_conv(conv, 2), measure_moments(nn.Sequential(conv), {"0": 2}, [x])["0"]
     fit = approximate_conv(conv, 2, maps)
     assert fit.error == pytest.approx(white.error, rel=0.02)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_pconv_alone_takes_the_filters_of_its_part():
     assert torch.allclose(fit.pconv[[0, 1], [0, 1]].float(), conv.weight[:2, 0])
     assert (fit.pconv[0, 1] == 0).all()
     x = smooth_maps(10, 8)
-    on_maps = approximate_conv_alone(conv, 2, measure_moments(nn.Sequential(conv), {"0": 2}, x)["0"])
+    on_maps = approximate_conv_alone(conv, 2, measure_moments(nn.Sequential(conv), {"0": 2}, [x])["0"])
     with torch.no_grad():
         y = torch.cat([F.conv2d(x[:, :2], on_maps.pconv.float(), padding=1), x[:, 2:]], dim=1)
         assert relative_error(y, conv(x)) == pytest.approx(on_maps.error, rel=1e-3)
@@ -137,7 +137,7 @@ def test_pconv_alone_takes_the_filters_of_its_part():
 
 def test_dead_and_few_maps_leave_the_fit_to_the_weights():
     conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-    dead = measure_moments(nn.Sequential(conv), {"0": 2}, torch.zeros(1, 8, 4, 4))["0"]
+    dead = measure_moments(nn.Sequential(conv), {"0": 2}, [torch.zeros(1, 8, 4, 4)])["0"]
     fit, white = approximate_conv(conv, 2, dead), approximate_conv(conv, 2)
     a, b = (torch.einsum("or,rikl->oikl", f.pwconv[:, :2], f.pconv) for f in (fit, white))
     assert torch.allclose(a, b, atol=1e-9)
@@ -147,5 +147,5 @@ def test_dead_and_few_maps_leave_the_fit_to_the_weights():
 def test_maps_that_are_not_finite_are_refused():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     nn.init.constant_(conv.weight, float("inf"))
-    with pytest.raises(ValueError, match="images give maps at 0 that are not finite"):
-        measure_moments(nn.Sequential(conv), {"0": 1}, torch.randn(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="pictures give maps at 0 that are not finite"):
+        measure_moments(nn.Sequential(conv), {"0": 1}, [torch.randn(1, 4, 4, 4)])

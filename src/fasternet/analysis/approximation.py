@@ -15,6 +15,8 @@ batches, by the mean squared error; nothing of the maps outlives its batch. The 
   cosine to 0 (``epochs``, ``batch_size``, ``lr``). At 0.003 DWConv and GConv learn too slowly, at 0.03 most operators
   get worse. An operator that has not improved on the validation part for ``patience`` epochs stops there; its best
   weights are tested;
+* closed form: what PConv + PWConv can reach at all is least squares on the training part's maps (``LEAST_SQUARES``),
+  for targets before batch normalization, without normalization by channel;
 * loss: the test error in the maps' own units, and relative to the variance of the targets, where 1 is the error of the
   channels' means.
 
@@ -42,7 +44,8 @@ from fasternet.analysis.fitting import Errors, Fit, LayerMap, Normalize, evaluat
 from fasternet.analysis.reference import Layer, Reference, capture, find_first_convs, list_layers, load_pictures
 from fasternet.complexity import count_costs
 from fasternet.environment import create_record
-from fasternet.ops import PConv2d
+from fasternet.models.approximate import approximate_conv, copy_approximation, measure_moments
+from fasternet.ops import PConv2d, PConvPWConv, count_partial_channels
 from fasternet.ops.reference_ops import TConv2d
 from fasternet.records import Record
 from fasternet.timing import Track, silent
@@ -92,6 +95,10 @@ OPERATORS: Mapping[str, Callable[[int, int, bool], nn.Module]] = MappingProxyTyp
 """Operators by label, those of Table 2 first; each is called with in_channels, out_channels and bias."""
 
 
+LEAST_SQUARES = "PConv + PWConv, least squares"
+"""PConv + PWConv in closed form: nothing is trained."""
+
+
 def measure_approximation(
     reference: Reference,
     pictures: Sequence[Path],
@@ -123,7 +130,7 @@ def measure_approximation(
         pictures: Files, at least ten.
         data: What the records call the pictures.
         layers: Paths of regular 3x3 convolutions with stride 1; None takes the first of each stage.
-        operators: Labels of ``OPERATORS``; None takes all.
+        operators: Labels of ``OPERATORS``, and ``LEAST_SQUARES``; None takes all that there are for this target.
         target: ``"conv"``: the convolution's output; ``"norm"``: that after its batch normalization.
         normalize: Divide the maps by a standard deviation per layer, per channel, or not.
         bias: Whether the last layer of each operator has a bias; None: where the target has one.
@@ -148,8 +155,8 @@ def measure_approximation(
     size = reference.preprocessing.input_size if input_size is None else input_size
     settings = {"epochs": epochs, "patience": patience, "batch_size": batch_size, "lr": lr, "input_size": size}
     _check(len(pictures), seeds, settings, {"target": (target, Target), "normalize": (normalize, Normalize)})
-    labels = _choose_operators(operators)
     maps = _choose_maps(reference.model, size, layers, target, bias)
+    labels = _choose_operators(operators, has_closed_form=normalize != "channel" and all(map.is_plain for map in maps))
     _check_operators(maps, labels)
     chosen = ", ".join(f"{map.layer.name} (stage {map.layer.stage})" for map in maps)
     say(f"{len(labels)} operators learn the maps of {chosen} from {len(pictures)} pictures")
@@ -208,13 +215,14 @@ def _check(
             raise ValueError(f"{name} {word!r} is not one of {', '.join(get_args(allowed))}")
 
 
-def _choose_operators(operators: Sequence[str] | None) -> list[str]:
-    labels = list(dict.fromkeys(OPERATORS if operators is None else operators))
+def _choose_operators(operators: Sequence[str] | None, *, has_closed_form: bool) -> list[str]:
+    allowed = [*OPERATORS, *([LEAST_SQUARES] if has_closed_form else [])]
+    labels = list(dict.fromkeys(allowed if operators is None else operators))
     if not labels:
-        raise ValueError(f"operators must name at least one of {', '.join(OPERATORS)}")
+        raise ValueError(f"operators must name at least one of {', '.join(allowed)}")
     for label in labels:
-        if label not in OPERATORS:
-            raise ValueError(f"operator {label!r} is not one of {', '.join(OPERATORS)}")
+        if label not in allowed:
+            raise ValueError(f"operator {label!r} is not one of {', '.join(allowed)}")
     return labels
 
 
@@ -222,7 +230,8 @@ def _check_operators(maps: Iterable[LayerMap], labels: Iterable[str]) -> None:
     for map, label in itertools.product(maps, labels):
         try:
             with torch.device("meta"):
-                OPERATORS[label](*map.channels, map.has_bias)
+                if label in OPERATORS:
+                    OPERATORS[label](*map.channels, map.has_bias)
         except ValueError as error:
             where = f"layer {map.layer.name!r} with {map.channels[0]} channels"
             raise ValueError(f"operator {label!r} does not fit {where}: {error}") from None
@@ -284,14 +293,39 @@ def _measure_seed(
     train, validation, test = parts
     maps = list(dict.fromkeys(map for map, _ in wanted))
     scales = measure_scales(model, maps, load(train), normalize)
-    fits = [Fit(label, map, _create(label, map, seed, scales[map][0].device), *scales[map]) for map, label in wanted]
-    fit(model, fits, load(train, shuffle_seed=seed), load(validation), description=f"seed {seed}")
+    trained = [
+        Fit(label, map, _create(label, map, seed, scales[map][0].device), *scales[map])
+        for map, label in wanted
+        if label in OPERATORS
+    ]
+    if trained:
+        fit(model, trained, load(train, shuffle_seed=seed), load(validation), description=f"seed {seed}")
+    fits = list(trained)
+    if open_maps := [map for map, label in wanted if label == LEAST_SQUARES]:
+        fits += (solved := _solve(model, open_maps, load(train)))
+        for found, errors in evaluate(model, solved, load(validation)).items():
+            found.validation = errors
     tested = evaluate(model, fits, load(test))
     losses = {label: [tested[fit].relative_mse for fit in fits if fit.label == label] for _, label in wanted}
     listing = ", ".join(f"{label} {statistics.fmean(found):.4f}" for label, found in losses.items())
     num_epochs = max(fit.num_epochs for fit in fits)
     say(f"seed {seed}, {num_epochs} epochs: test error relative to the variance, mean of the layers: {listing}")
     return tested
+
+
+def _solve(model: nn.Module, maps: Sequence[LayerMap], batches: Iterable[Tensor]) -> list[Fit]:
+    """Return PConv + PWConv by least squares on the maps of pictures, for each layer."""
+    num_partial = {map.layer.name: count_partial_channels(map.channels[0], 1 / 4) for map in maps}
+    device = next(model.parameters()).device
+    moments = measure_moments(model, num_partial, (batch.to(device) for batch in batches))
+    fits = []
+    for map in maps:
+        conv, operator = map.layer.module, PConvPWConv(*map.channels, bias=map.has_bias)
+        assert isinstance(conv, nn.Conv2d)
+        copy_approximation(approximate_conv(conv, num_partial[map.layer.name], moments[map.layer.name]), operator)
+        one = torch.ones((), device=device)
+        fits.append(Fit(LEAST_SQUARES, map, operator.to(device), one, one))
+    return fits
 
 
 def _create(label: str, map: LayerMap, seed: int, device: torch.device) -> nn.Module:

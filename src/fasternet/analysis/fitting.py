@@ -41,6 +41,11 @@ class LayerMap:
     has_bias: bool
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the target is what the convolution itself computes, with a bias where it has one."""
+        return self.norm is None and self.has_bias == (self.layer.module.bias is not None)
+
+    @property
     def channels(self) -> tuple[int, int]:
         """Of x and of y."""
         module = self.layer.module

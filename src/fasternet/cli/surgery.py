@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def surgery(
-    name: Annotated[str, typer.Argument(help="A rival's name, or one of timm's, such as ResNet50 or mobilenetv2_100.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A rival's name, one of timm's, or FILE.py:FUNCTION, which returns a network of your own."),
+    ],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Its trained weights: a model folder, a run folder or a file.")
     ] = None,
@@ -40,8 +44,9 @@ def surgery(
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of --data that are used, drawn by lot.")] = 256,
     num_classes: Annotated[int, typer.Option(min=1, help="Of a network without weights.")] = 1000,
     input_size: Annotated[
-        int | None, typer.Option(min=32, help="Side of the pictures. [default: the network's own]")
+        int | None, typer.Option(min=1, help="Side of the pictures. [default: the network's own]")
     ] = None,
+    input_channels: Annotated[int, typer.Option(min=1, help="Channels of the input of FILE.py:FUNCTION.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of the latencies.")] = 1,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure before and after.")] = True,
     output: Annotated[
@@ -64,9 +69,15 @@ def surgery(
 
     if output is not None and output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already; choose another output")
-    original = _load(name, checkpoint, pretrained, num_classes)
+    if own := re.fullmatch(r"(.+\.py):(\w+)", name):
+        if checkpoint is not None or pretrained or output is not None or data is not None:
+            raise ValueError(f"{name} comes as it is: use replace_convs in Python for weights, pictures and saving")
+        original = _run_file(Path(own[1]), own[2])
+    else:
+        original = _load(name, checkpoint, pretrained, num_classes)
     size = input_size or original.preprocessing.input_size
     preprocessing = dataclasses.replace(original.preprocessing, input_size=size)
+    shape = (1, input_channels if own else 3, size, size)
     images = None if data is None else _load_images(data, num_images, preprocessing)
     arguments: dict[str, Any] = {"kind": kind, "match": match, "init": init, "partial_ratio": partial_ratio}
     model, report = replace_convs(
@@ -74,10 +85,10 @@ def surgery(
         select,
         **arguments,
         images=images,
-        input_shape=(1, 3, size, size),
+        input_shape=shape,
         measure=latency,
         threads=threads,
-        prepare=lambda network: _fold(network, size),
+        prepare=lambda network: _fold(network, shape),
     )
     weights = "published" if pretrained else checkpoint.resolve().name if checkpoint else "random"
     source = None if data is None else name_data(data)
@@ -121,6 +132,26 @@ def _load(name: str, checkpoint: Path | None, pretrained: bool, num_classes: int
     )
 
 
+def _run_file(path: Path, function: str) -> Checkpoint:
+    """Return the network that a function of a Python file makes."""
+    import runpy
+
+    from torch import nn
+
+    from fasternet.models import Checkpoint
+    from fasternet.models.checkpoint import Preprocessing
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no Python file at {path}")
+    found = runpy.run_path(str(path))
+    if not callable(found.get(function)):
+        raise ValueError(f"{path} has no function {function}")
+    model = found[function]()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{function} of {path} must return a torch.nn.Module, not {type(model).__name__}")
+    return Checkpoint(name=type(model).__name__, model=model.eval(), class_names=None, preprocessing=Preprocessing())
+
+
 def _load_images(data: str, num_images: int, preprocessing: Any) -> Tensor:
     """Return pictures (N, 3, S, S), normalised."""
     import torch
@@ -131,12 +162,12 @@ def _load_images(data: str, num_images: int, preprocessing: Any) -> Tensor:
     return torch.cat(list(load_pictures(draw_pictures(data, num_images), preprocessing, batch_size=64)))
 
 
-def _fold(network: nn.Module, size: int) -> nn.Module:
+def _fold(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     import torch
 
     from fasternet.deploy import fold_batch_norm
 
-    return fold_batch_norm(network, torch.zeros(1, 3, size, size))
+    return fold_batch_norm(network, torch.zeros(shape))
 
 
 def create_surgery_record(

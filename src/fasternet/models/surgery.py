@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from fasternet import timing
 from fasternet.complexity import Costs, count_costs
-from fasternet.models.approximate import Moments, approximate_conv, approximate_conv_alone, measure_moments
+from fasternet.models.approximate import (
+    Moments,
+    approximate_conv,
+    approximate_conv_alone,
+    copy_approximation,
+    measure_moments,
+)
 from fasternet.models.replaceable import Kind, Select, choose, find_selector
 from fasternet.models.surgery_report import Latency, Replacement, Skipped, SurgeryReport
 from fasternet.models.widen import Widening, widen
@@ -161,7 +167,7 @@ def _replace(
     if images is not None:
         parameter = next(trained.parameters())
         twin = copy.deepcopy(trained).eval()
-        moments = measure_moments(twin, num_partial, images.to(parameter.device, parameter.dtype))
+        moments = measure_moments(twin, num_partial, torch.split(images.to(parameter.device, parameter.dtype), 8))
     new = copy.deepcopy(trained)
     paths: dict[nn.Module, list[str]] = {}  # a module that is used in several places is replaced in all of them
     for path, module in new.named_modules(remove_duplicate=False):
@@ -199,10 +205,7 @@ def _approximate(
         replacement.weight.copy_(fit.pconv)
         return fit.error
     fit = approximate_conv(conv, partial_channels, moments)
-    replacement.pconv.weight[: len(fit.pconv)] = fit.pconv.to(replacement.pconv.weight)
-    replacement.pwconv.weight.copy_(cast(Tensor, fit.pwconv)[:, :, None, None])
-    if replacement.pwconv.bias is not None:
-        replacement.pwconv.bias.copy_(cast(Tensor, fit.bias))
+    copy_approximation(fit, replacement)
     return fit.error
 
 

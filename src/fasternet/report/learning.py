@@ -141,7 +141,7 @@ def _describe(row: Learned, names: Sequence[str]) -> str:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list):
         return "–".join(map(str, value))
     return "none" if value is None else str(value)
