@@ -70,7 +70,7 @@ _HOMES = {
     "use_native_blocks": "deploy",
 }
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "CpuEngine",

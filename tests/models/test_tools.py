@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
-from unittest import mock
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fasternet.models.surgery import PConvPWConv, replace_convs
 CONFIG = FasterNetConfig(width=16, depths=(1, 1, 2, 1), activation="relu", head_width=64, num_classes=5)
 NARROW = dataclasses.replace(CONFIG, width=8, head_width=32)
 SHAPE = (2, 3, 64, 64)
+PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
 BATCH = (8, *SHAPE[1:])  # to calibrate with
 
 
@@ -29,57 +32,13 @@ def _replaced(stages: int = 4) -> nn.Module:
     return replace_convs(model, init="random", measure=False, input_shape=(1, *SHAPE[1:]))[0]
 
 
-# ---- torch-pruning: what it has to be told, as in docs/surgery.md
-
-
 def _prune(model: nn.Module, x: Tensor, ratio: float) -> None:
-    tp = pytest.importorskip("torch_pruning", reason="needs torch-pruning: pip install torch-pruning")
-
-    class PConvPruner(tp.BasePruningFunc):
-        """Input and output channels of PConv are one thing; a removed one takes its filter with it."""
-
-        TARGET_MODULES = PConv2d
-
-        def prune_out_channels(self, layer: PConv2d, idxs: list[int]) -> PConv2d:
-            keep = sorted(set(range(layer.channels)) - set(idxs))
-            part = [i - layer.start for i in keep if 0 <= i - layer.start < layer.partial_channels]
-            if not part:
-                raise ValueError("no channel would be left to convolve: prune less")
-            layer.weight = nn.Parameter(layer.weight.detach()[part][:, part])
-            layer.start = sum(i < layer.start for i in keep)
-            layer.channels, layer.partial_channels = len(keep), len(part)
-            return layer
-
-        def get_out_channels(self, layer: PConv2d) -> int:
-            return layer.channels
-
-        def get_out_channel_groups(self, layer: PConv2d) -> int:  # as many from each group of Cp: r stays what it is
-            return 1 if layer.channels % layer.partial_channels else layer.channels // layer.partial_channels
-
-        prune_in_channels = prune_out_channels
-        get_in_channels = get_out_channels
-        get_in_channel_groups = get_out_channel_groups
-
-    def stride(layer: PConvPWConv, x: Tensor) -> Tensor:
-        return layer.pwconv(layer.pconv(x)[..., :: layer.stride, :: layer.stride])
-
-    # While the tool follows the channels, PConv is the map from each channel to itself: no split, no concatenation.
-    with (
-        mock.patch.object(PConv2d, "forward", lambda layer, x: x.clone()),
-        mock.patch.object(PConvPWConv, "forward", stride),
-    ):
-        pruner = tp.pruner.MetaPruner(
-            model,
-            x,
-            importance=tp.importance.MagnitudeImportance(p=2),
-            pruning_ratio=ratio,
-            ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
-            customized_pruners={PConv2d: PConvPruner()},
-        )
-    pruner.step()
-
-
-# ---- the tests
+    """Prune as docs/surgery.md says."""
+    pytest.importorskip("torch_pruning", reason="needs torch-pruning: pip install torch-pruning")
+    (recipe,) = re.findall(r"```python\n([^`]*class PConvPruner.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(recipe, names)
+    names["prune"](model, x, ratio)
 
 
 def _embed(narrow: dict[str, Tensor], wide: dict[str, Tensor]) -> dict[str, Tensor]:
