@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fasternet.analysis import ablation
-from fasternet.analysis.ablation import measure_ablation, measure_ablation_latency
+from fasternet.analysis import ablation, ablation_latency
+from fasternet.analysis.ablation import measure_ablation
+from fasternet.analysis.ablation_latency import measure_ablation_latency
 from fasternet.records import Record, append_records, load_records
 from fasternet.timing import measure
 
@@ -46,7 +47,7 @@ def _reload(records: list[Record], folder: Path) -> list[Record]:
 
 def test_each_run_gives_a_record_and_learns(data):
     said: list[str] = []
-    records = list(measure_ablation(data, variants=["LN"], seeds=(0,), say=said.append))
+    records = list(measure_ablation(data, data="shades", variants=["LN"], seeds=(0,), say=said.append))
     assert [(r.suite, r.kind, r.subject) for r in records] == [
         ("ablation", "study", "base"),
         ("ablation", "study", "LN"),
@@ -54,24 +55,27 @@ def test_each_run_gives_a_record_and_learns(data):
     assert records[0].condition == {
         **{"size": "small", "data": "shades", "seed": 0, "epochs": 4, "batch_size": 8, "lr": 4e-3},
         **{"input_size": 64, "num_train": 36, "num_validation": 18, "precision": "fp32"},
+        "pictures_hash": records[0].condition["pictures_hash"],
     }
     assert set(records[1].values) == {
-        *("group", "differs", "top1", "validation_loss", "train_loss", "num_params", "macs", "seconds")
+        *("group", "differs", "top1", "validation_loss", "train_loss", "num_params", "macs", "seconds"),
+        "num_batch_norms_left",
     }
     assert records[0].values["top1"] > 60
     assert len(said) == 3
+    assert said[1].endswith(" min left")
     json.dumps([dict(r.values) for r in records])
 
 
 def test_runs_are_paired_and_resumed(data, tmp_path):
-    first = list(measure_ablation(data, variants=["base"], seeds=(5,), epochs=1))
+    first = list(measure_ablation(data, data="shades", variants=["base"], seeds=(5,), epochs=1))
     known = _reload(first, tmp_path)
-    rest = list(measure_ablation(data, variants=["ReLU"], seeds=(5, 6), epochs=1, known=known))
+    rest = list(measure_ablation(data, data="shades", variants=["ReLU"], seeds=(5, 6), epochs=1, known=known))
     assert [(r.subject, r.condition["seed"]) for r in rest] == [("ReLU", 5), ("base", 6), ("ReLU", 6)]
-    again = next(measure_ablation(data, variants=["base"], seeds=(5,), epochs=1))
+    again = next(measure_ablation(data, data="shades", variants=["base"], seeds=(5,), epochs=1))
     assert again.values["validation_loss"] == first[0].values["validation_loss"]
-    assert list(measure_ablation(data, variants=["base"], seeds=(5,), epochs=1, known=known)) == []
-    assert len(list(measure_ablation(data, variants=["base"], seeds=(5,), epochs=2, known=known))) == 1
+    assert list(measure_ablation(data, data="shades", variants=["base"], seeds=(5,), epochs=1, known=known)) == []
+    assert len(list(measure_ablation(data, data="shades", variants=["base"], seeds=(5,), epochs=2, known=known))) == 1
 
 
 def test_subset_is_balanced_and_does_not_depend_on_the_seed(data):
@@ -112,11 +116,11 @@ def test_augmentation_shifts_and_mirrors_and_follows_from_the_seed():
 )
 def test_wrong_arguments_are_refused_in_a_sentence(data, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        list(measure_ablation(data, **options))
+        list(measure_ablation(data, data="shades", **options))
 
 
 def test_latency_has_intervals_and_a_control(monkeypatch, tmp_path):
-    monkeypatch.setattr(ablation, "measure", _measure_shortly)
+    monkeypatch.setattr(ablation_latency, "measure", _measure_shortly)
     records = list(measure_ablation_latency(variants=["LN", "BN and activation everywhere"], quick=True))
     labels = ["base", "LN", "BN and activation everywhere"]
     assert [(r.kind, r.subject) for r in records] == [(k, label) for k in ("latency", "ratio") for label in labels]
@@ -137,9 +141,21 @@ def test_a_variant_that_is_folded_wrong_is_not_timed(monkeypatch):
         wrong.head.fc.bias.data += 1
         return wrong
 
-    monkeypatch.setattr(ablation, "fold_batch_norm", fold)
-    with pytest.raises(ValueError, match="variant base: BN cannot be folded, the outputs differ by"):
+    monkeypatch.setattr(ablation_latency, "fold_batch_norm", fold)
+    with pytest.raises(ValueError, match="variant base, contiguous: folded, its outputs differ by"):
         next(measure_ablation_latency(variants=["base"]))
+
+
+def test_each_form_is_compared_before_it_is_timed(monkeypatch):
+    def difference(output, expected):
+        differences.append(output.shape[0])
+        return {"max_relative_difference": 0.0 if len(differences) == 1 else 1.0}
+
+    differences = []
+    monkeypatch.setattr(ablation_latency, "describe_difference", difference)
+    with pytest.raises(ValueError, match="variant base, channels_last: folded, its outputs differ by"):
+        next(measure_ablation_latency(variants=["base"]))
+    assert differences == [1, 1]  # at the batch size that is timed
 
 
 def _measure_shortly(candidates, **options):

@@ -12,7 +12,7 @@ from torch import nn
 from fasternet.analysis import approximation
 from fasternet.analysis.approximation import LEAST_SQUARES, OPERATORS, measure_approximation, split_pictures
 from fasternet.analysis.fitting import Fit, LayerMap, evaluate, fit_operators, measure_scales
-from fasternet.analysis.reference import Layer, Reference
+from fasternet.analysis.reference import Layer, Reference, hash_pictures
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.ops import PConv2d
 from fasternet.records import append_records, load_records
@@ -83,14 +83,15 @@ def test_least_squares_is_below_what_training_reaches(pictures):
     trained, solved = (record.values for record in measure_approximation(reference, pictures, **options))
     assert 0.1 < solved["relative_mse"] < trained["relative_mse"]
     assert (solved["num_epochs"], solved["num_params"]) == (0, trained["num_params"])
-    with pytest.raises(ValueError, match=r"operator 'PConv \+ PWConv, least squares' is not one of"):
+    with pytest.raises(ValueError, match=r"operator 'PConv \+ PWConv \(least squares\)' is not one of"):
         list(measure_approximation(reference, pictures, **options, normalize="channel"))
 
 
 def test_a_record_says_what_was_done(pictures):
     (record,) = measure_approximation(_create_reference(), pictures, **{**FEW, "operators": [PCONV]})
     assert (record.suite, record.kind, record.subject) == ("approximation", "study", PCONV)
-    condition = {"model": "tiny", "weights": "made", "data": "noise", "stage": 1, "layer": "conv"}
+    condition = {**_create_reference().condition, "data": "noise", "stage": 1, "layer": "conv"}
+    condition |= {"pictures_hash": hash_pictures(pictures)}
     condition |= {"target": "conv", "normalize": "layer", "bias": False, "seed": 0, "epochs": 2, "patience": 3}
     condition |= {"batch_size": 16, "lr": 0.01, "input_size": 16}
     assert record.condition == condition | {"num_train": 42, "num_validation": 6, "num_test": 12}
@@ -101,6 +102,23 @@ def test_a_record_says_what_was_done(pictures):
     assert costs == {**expected, "num_params": num_params, "macs": 16 * num_params}
     assert values["relative_mse"] == pytest.approx(values["mse"] / values["target_variance"])
     assert 1 <= values["best_epoch"] <= values["num_epochs"] == 2
+    assert not values["reference_trained_on_data"]
+
+
+@pytest.mark.parametrize(("data", "seen"), [("noise", True), ("noise/train", True), ("noise/val", False)])
+def test_a_record_says_whether_the_reference_was_trained_on_the_pictures(pictures, data, seen):
+    reference = dataclasses.replace(_create_reference(), weights="trained here on noise")
+    options = {**FEW, "data": data, "operators": [LEAST_SQUARES]}
+    (record,) = measure_approximation(reference, pictures, **options)
+    assert record.values["reference_trained_on_data"] is seen
+
+
+def test_each_epoch_is_told(pictures):
+    said = []
+    list(measure_approximation(_create_reference(), pictures, say=said.append, **{**FEW, "seeds": (0, 1)}))
+    told = [sentence for sentence in said if "min left" in sentence]
+    assert [sentence.split(":")[0] for sentence in told] == [f"seed {s}, epoch {e}/2" for s in (0, 1) for e in (1, 2)]
+    assert "(PConv + PWConv), at most " in told[0]
 
 
 def test_the_split_is_disjoint_and_70_10_20():
@@ -249,5 +267,5 @@ def test_channels_that_an_operator_cannot_split_are_named_with_the_layer(picture
 
 def test_a_network_without_such_a_layer_is_refused(pictures):
     reference = dataclasses.replace(_create_reference(), model=nn.Sequential(nn.Conv2d(3, 8, 4, stride=4)))
-    with pytest.raises(ValueError, match="the network has no regular 3x3 convolution"):
+    with pytest.raises(ValueError, match="stages 1 to 4, and nothing else is approximated"):
         list(measure_approximation(reference, pictures, data="noise"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasternet import create_model
 from fasternet.analysis.redundancy import Moments, draw_grid, find_blocks, measure_redundancy
-from fasternet.analysis.reference import Reference
+from fasternet.analysis.reference import Reference, hash_pictures
 from fasternet.models.checkpoint import Preprocessing
 
 
@@ -137,15 +137,20 @@ def test_study_writes_a_record_and_a_grid_per_layer(reference, pictures, tmp_pat
         "data": "mine",
         "input_size": 32,
         "num_images": 5,
+        "pictures_hash": hash_pictures(pictures),
+        "picture": "0.png",
     }
     assert found[0].values["num_shown"] == 8
     with Image.open(tmp_path / found[0].attachments["grid"]) as grid:
         assert grid.format == "PNG"
     json.dumps(found[0].values, allow_nan=False)
-    again = list(measure_redundancy(reference, pictures, tmp_path, data="mine", layers=["1", "2"], known=found[:1]))
+    options = {"data": "mine", "layers": ["1", "2"], "known": found[:1]}
+    again = list(measure_redundancy(reference, pictures, tmp_path, picture=pictures[0], **options))
     assert [record.subject for record in again] == ["2"]
-    assert again[0].attachments == {}
-    assert "num_shown" not in again[0].values
+    without = list(measure_redundancy(reference, pictures, tmp_path, **options))
+    assert [record.condition["picture"] for record in without] == [None, None]
+    assert without[0].attachments == {}
+    assert "num_shown" not in without[0].values
     larger = list(
         measure_redundancy(reference, pictures, tmp_path, layers=["1"], data="mine", input_size=64, known=found)
     )
@@ -160,3 +165,23 @@ def test_study_names_what_is_no_layer_of_maps(reference, pictures, tmp_path):
         list(measure_redundancy(reference, pictures, tmp_path, data="mine", layers=["3"]))
     with pytest.raises(ValueError, match="pictures must name"):
         list(measure_redundancy(reference, [], tmp_path, data="mine"))
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Paired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pair = nn.Conv2d(3, 4, 3), Pair()
+
+    def forward(self, x):
+        return self.pair(self.conv(x))[0]
+
+
+def test_layer_that_returns_a_pair_is_named(pictures, tmp_path):
+    paired = Reference(Paired().eval(), "pair", "random", Preprocessing(input_size=32))
+    with pytest.raises(ValueError, match=r"layer 'pair' must return maps \(N, C, H, W\), not tuple"):
+        list(measure_redundancy(paired, pictures, tmp_path, data="mine", layers=["pair"]))

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from fasternet.analysis.variants import SIZES, VARIANTS, choose_variants, create_variant, describe_variant
+from fasternet.analysis.variants import (
+    SIZES,
+    VARIANTS,
+    choose_variants,
+    create_variant,
+    describe_variant,
+    summarize_variant,
+)
 from fasternet.complexity import count_costs
 from fasternet.models.fasternet import TABLE5, FasterNet
 from fasternet.ops import PConv2d
@@ -112,3 +119,22 @@ def test_variants_are_chosen_in_order_with_the_base():
 def test_unknown_words_are_refused_in_a_sentence(labels, size):
     with pytest.raises(ValueError, match=r"^(variant 'r=1/3'|size 'tiny') is not one of (base, |small, full$)"):
         choose_variants(labels, size)
+
+
+def test_words_say_what_a_size_makes_of_a_variant():
+    assert describe_variant("rotating channels").endswith("other than the first in 1 of 5 blocks")
+    assert describe_variant("rotating channels", size="full").endswith("other than the first in 8 of 13 blocks")
+    torch.manual_seed(0)
+    first, last = (create_variant(label).stages[0].blocks[0].eval() for label in ("base", "last channels"))
+    last.load_state_dict(first.state_dict())
+    order = [*range(4, 16), *range(4)]  # the convolved ones last
+    back = torch.argsort(torch.tensor(order))
+    last.pwconv1.weight.data = first.pwconv1.weight[:, order]
+    last.pwconv2.weight.data = first.pwconv2.weight[order]
+    x = torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(last(x[:, order])[:, back], first(x))
+
+
+@pytest.mark.parametrize(("label", "left"), [("base", 0), ("LN", 0), ("BN and activation everywhere", 5)])
+def test_bn_behind_pconv_is_left_by_folding(label, left):
+    assert summarize_variant(label, create_variant(label), size="small")["num_batch_norms_left"] == left

@@ -1,24 +1,21 @@
-"""``fasternet study`` and ``surgery``: folders, going on, what is printed; the studies themselves are stood in for."""
+"""``fasternet study``: folders, going on, what is printed; the studies themselves are stood in for."""
 
 import json
-from pathlib import Path
+import re
+import shlex
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from fasternet import cli
-from fasternet.analysis import ablation, approximation, redundancy, salience
+from fasternet.analysis import ablation, ablation_latency, approximation, redundancy, reference, salience
 from fasternet.environment import create_record
 from fasternet.models import Preprocessing
-from fasternet.ops.pconv_nd import PConvPWConv
 from fasternet.records import load_records
 from fasternet.report import page
-from fasternet.rivals import create_network, load_network, save_network
-from fasternet.train.classification import train
-from fasternet.train.recipes import RECIPES
+from fasternet.rivals import create_network, save_network
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for label in ("daisy", "tulip"):
         (tmp_path / "flowers" / label).mkdir(parents=True)
-        for number in range(5):
+        for number in range(6):
             pixels = draw.integers(0, 255, (40, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "flowers" / label / f"{number}.png")
     model = create_network("resnet18", num_classes=2)
@@ -53,7 +50,7 @@ def called(monkeypatch):
     monkeypatch.setattr(salience, "measure_salience", stand_in("salience"))
     monkeypatch.setattr(salience, "measure_receptive_field", stand_in("receptive_field"))
     monkeypatch.setattr(ablation, "measure_ablation", stand_in("ablation"))
-    monkeypatch.setattr(ablation, "measure_ablation_latency", stand_in("ablation"))
+    monkeypatch.setattr(ablation_latency, "measure_ablation_latency", stand_in("ablation"))
     monkeypatch.setattr(page, "create_report", lambda sources, output, *, items: output)
     monkeypatch.setattr(page, "render_item", lambda name, sources: f"{name} of {sources[0].name}")
     return calls
@@ -95,11 +92,11 @@ def test_study_goes_on_where_it_stopped(called, folder):
 
 
 def test_options_reach_the_study(called):
-    options = ("--layer", "layer1.0.conv1, layer2.0.conv2", "--seeds", "2", "--target", "norm", "--num-images", "4")
+    options = ("--layer", "layer1.0.conv1, layer2.0.conv2", "--seeds", "2", "--target", "norm", "--num-images", "11")
     assert invoke("study", "approximation", *STUDIES["approximation"], *options, "-o", "a").exit_code == 0
-    ((_, (reference, pictures), given),) = called
-    assert reference.condition == {"model": "resnet18", "weights": "net"}
-    assert len(pictures) == 4
+    ((_, (network, pictures), given),) = called
+    assert (network.name, network.weights) == ("resnet18", "net")
+    assert len(pictures) == 11
     assert given["layers"] == ["layer1.0.conv1", "layer2.0.conv2"]
     assert (list(given["seeds"]), given["target"]) == ([0, 1], "norm")
 
@@ -110,68 +107,112 @@ def test_json_is_one_document(called):
     assert result.stderr.splitlines()[-1] == "mine/report.html"
 
 
-@pytest.mark.parametrize(("item", "arguments"), [("table2", ("--data", "flowers")), ("fig6", ())])
-def test_reproduce_runs_the_study_and_goes_on_with_it(item, arguments, called, folder):
+@pytest.mark.parametrize(("item", "arguments", "count"), [("table2", ("--data", "flowers"), 2), ("fig6", (), 4)])
+def test_reproduce_runs_the_study_and_goes_on_with_it(item, arguments, count, called, folder):
     for _ in range(2):
         result = invoke("reproduce", item, *arguments, "--checkpoint", "net")
         assert result.exit_code == 0, result.exception
     records = load_records(folder / "outputs" / "reproduce" / item / "log.jsonl")
-    assert len(records) in (2, 4)
+    assert len(records) == count
     assert "needs pictures: name a folder with --data" in str(invoke("reproduce", "table2").exception)
     assert "fig3 needs a picture" in str(invoke("reproduce", "fig3").exception)
 
 
-def test_surgery_prints_and_saves_a_network_that_trains_on(folder):
-    result = invoke("surgery", "resnet18", "--checkpoint", "net", "--no-latency", "-o", "new", "--out", "log.jsonl")
-    assert result.exit_code == 0, result.exception
-    assert result.stdout.splitlines()[-1] == "new"
-    assert "layer1.0.conv1" in result.stdout
-    (record,) = load_records(folder / "log.jsonl")
-    assert (record.subject, record.condition["weights"], record.condition["input_size"]) == ("resnet18", "net", 32)
-    assert record.values["num_params_after"] < record.values["num_params_before"]
-    before, after = (load_network(folder / name) for name in ("net", "new"))
-    assert isinstance(after.model.layer1[0].conv1, PConvPWConv)
-    assert torch.equal(after.model.conv1.weight, before.model.conv1.weight)
-    recipe = RECIPES["small"]
-    changes = {"epochs": 1, "batch_size": 4, "num_workers": 0, "input_size": 32, "full_size_epochs": 0}
-    recipe = type(recipe)(**{**vars(recipe), **changes})
-    train("resnet18", "flowers", folder / "run", recipe=recipe, checkpoint=folder / "new")
-    trained = load_network(folder / "run").model
-    assert isinstance(trained.layer1[0].conv1, PConvPWConv)
-    train("resnet18", "flowers", folder / "run", recipe=recipe, resume=True)  # knows the network from its log
+def test_ablation_is_timed_at_its_size_and_in_full_with_the_classes_of_the_data(called):
+    assert invoke("study", "ablation", *STUDIES["ablation"], "-o", "mine").exit_code == 0
+    (_, arguments, trained), *timed = called
+    assert (arguments, trained["data"], trained["size"]) == (("flowers",), "flowers", "small")
+    assert [(given["size"], given["num_classes"]) for _, _, given in timed] == [("small", 2), ("full", 2)]
 
 
-def test_surgery_takes_a_network_of_a_file(folder):
-    script = str(Path(__file__).parents[2] / "runs" / "c2f.py")
-    options = ("--input-channels", "64", "--input-size", "16", "--match", "macs", "--no-latency", "--json")
-    result = invoke("surgery", f"{script}:create", *options)
-    assert result.exit_code == 0, result.exception
-    values = json.loads(result.stdout)["values"]
-    assert [layer["name"] for layer in values["replaced"]] == [
-        f"bottlenecks.{block}.convs.{conv}.0" for block in range(2) for conv in range(2)
-    ]
-    assert values["macs_after"] == pytest.approx(values["macs_before"], rel=0.02)
+@pytest.fixture
+def out_of_reach(monkeypatch):
+    """Published weights cannot be downloaded; notes which data a network would be trained on, and where."""
+    trained = []
+
+    def fail(name):
+        raise ConnectionError(f"no weights of {name}")
+
+    def train(data, run, hooks):
+        trained.append((data, run))
+        return reference.Reference(create_network("resnet18", num_classes=2), "resnet18", "trained", Preprocessing())
+
+    monkeypatch.setattr(reference, "_load_published", fail)
+    monkeypatch.setattr(reference, "_train", train)
+    return trained
+
+
+def test_a_network_is_trained_in_place_of_the_default_alone(called, folder, out_of_reach):
+    study = ("study", "salience", "--data", "flowers")
+    assert "no weights of resnet34" in str(invoke(*study, "--model", "resnet34", "-o", "a").exception)
+    assert out_of_reach == []
+    assert invoke(*study, "-o", "b").exit_code == 0
+    (folder / "flowers" / "val").mkdir()
+    assert invoke("study", "salience", "--data", "flowers/val", "-o", "c").exit_code == 0  # unseen pictures
+    (folder / "more").mkdir()
+    (folder / "flowers").rename(folder / "more" / "flowers")
+    assert invoke("study", "salience", "--data", "more/flowers", "-o", "d").exit_code == 0
+    (_, first), (data, second), (_, third) = out_of_reach
+    assert data == str(folder / "flowers")
+    assert first == second != third  # one for each data set, though both are called flowers
+    assert first.name.startswith("reference-resnet18-flowers-")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("fasternet_t0",), "is built on PConv already"),
-        (("resnet18", "--kind", "dwconv"), "kind 'dwconv' is not one of pconv, pconv_alone"),
-        (("resnet18", "--select", "nothing"), "nothing"),
-        (("resnet50", "--checkpoint", "net"), "net holds resnet18, and resnet50 was asked for"),
-        (("resnet18", "--checkpoint", "net", "--pretrained"), "give --checkpoint or --pretrained, not both"),
-        (("resnet18", "--checkpoint", "net", "-o", "flowers"), "flowers exists already"),
-        (("mine.py:create",), "no Python file at mine.py"),
-        (("empty.py:create",), "empty.py has no function create"),
-        (("number.py:create",), "create of number.py must return a torch.nn.Module, not int"),
-        (("number.py:create", "-o", "new"), "comes as it is: use replace_convs in Python"),
+        (("approximation", "--data", "nowhere"), "--data must be a folder of pictures, and there is none at nowhere"),
+        (("salience", "--data", "nowhere"), "--data must be a folder of pictures, and there is none at nowhere"),
+        (("approximation", "--data", "flowers", "--target", "bn"), "target 'bn' is not one of conv, norm"),
+        (("approximation", "--data", "flowers", "--normalize", "all"), "normalize 'all' is not one of"),
+        (("approximation", "--data", "flowers", "--operators", "PConv"), "operator 'PConv' is not one of"),
+        (("approximation", "--data", "flowers", "--layer", "a,,b"), "--layer must be names of modules"),
+        (("approximation", "--data", "broken"), "cannot read broken/0.png: the file is empty"),
+        (("redundancy", "no.jpg"), "cannot read no.jpg: there is no such file"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, sentence, folder):
-    (folder / "empty.py").write_text("")
-    (folder / "number.py").write_text("def create():\n    return 3\n")
-    result = invoke("surgery", *arguments, "--no-latency", "--input-size", "32")
-    assert result.exit_code == 1
+def test_bad_input_is_one_sentence_before_there_is_a_network(arguments, sentence, folder, monkeypatch):
+    monkeypatch.setattr(reference, "load_reference", None)
+    (folder / "broken").mkdir()
+    for number in range(12):
+        (folder / "broken" / f"{number}.png").touch()
+    result = invoke("study", *arguments)
     assert isinstance(result.exception, ValueError | OSError)
     assert sentence in str(result.exception)
+
+
+@pytest.mark.parametrize("num_records", [0, 1])
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        (
+            ("study", "salience", "--checkpoint", "net", "-o", "mine"),
+            "fasternet study salience --checkpoint net -o mine --resume",
+        ),
+        (("reproduce", "fig6", "--checkpoint", "net"), "fasternet reproduce fig6 --checkpoint net"),
+    ],
+)
+def test_advice_after_an_interrupt_works(words, advised, num_records, called, monkeypatch):
+    def interrupt(reference, **options):
+        for number in range(num_records):
+            yield create_record("salience", "study", str(number))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["fasternet", *words])
+    with monkeypatch.context() as patch:
+        patch.setattr(salience, "measure_salience", interrupt)
+        assert str(invoke(*words).exception) == f"stopped; go on with: {advised}"
+    again = invoke(*shlex.split(advised)[1:])
+    assert again.exit_code == 0, again.exception
+
+
+def test_advice_names_the_folder_that_had_the_time_in_its_name(called, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["fasternet", "study", "salience"])
+    monkeypatch.setattr(reference, "load_reference", interrupt)  # before there is anything to measure
+    advised = str(invoke("study", "salience").exception)
+    assert re.fullmatch(
+        r"stopped; go on with: fasternet study salience --output outputs/salience-[\d-]+ --resume", advised
+    )

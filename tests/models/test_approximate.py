@@ -149,3 +149,26 @@ def test_maps_that_are_not_finite_are_refused():
     nn.init.constant_(conv.weight, float("inf"))
     with pytest.raises(ValueError, match="pictures give maps at 0 that are not finite"):
         measure_moments(nn.Sequential(conv), {"0": 1}, [torch.randn(1, 4, 4, 4)])
+
+
+def test_error_is_that_on_the_pictures_held_out():
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    few, others = smooth_maps(4, 16, 3), smooth_maps(100, 16, 3)
+    fitted, held_out = (measure_moments(nn.Sequential(conv), {"0": 4}, [x])["0"] for x in (few, others))
+    assert fitted.num_positions == 36
+    fit = approximate_conv(conv, 4, fitted, held_out)
+    with torch.no_grad():
+        assert relative_error(build(conv, fit, 4)(others), conv(others)) == pytest.approx(fit.error, rel=1e-3)
+    assert fit.error > 2 * approximate_conv(conv, 4, fitted).error
+
+
+@pytest.mark.parametrize("options", CONVS)
+def test_fit_does_not_depend_on_the_unit_of_the_maps(options):
+    conv = nn.Conv2d(**{"kernel_size": 3, "padding": 1, "bias": False, **options}).double()
+    x = smooth_maps(2, conv.in_channels, 4).double()  # few: the white noise has a say
+    fits = [
+        approximate_conv(conv, 3, measure_moments(nn.Sequential(conv), {"0": 3}, [x * scale])["0"])
+        for scale in (1, 1e-3)
+    ]
+    assert fits[1].error == pytest.approx(fits[0].error, rel=1e-4, abs=1e-9)
+    assert torch.allclose(fits[1].pwconv[:, 3:], fits[0].pwconv[:, 3:], rtol=0, atol=1e-6)

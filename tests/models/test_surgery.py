@@ -165,6 +165,54 @@ def test_pictures_bring_a_layer_closer_than_weights_do(resnet18):
     assert far["maps"] < 0.5 * far["weights"] < 0.5 * far["random"]
 
 
+def test_every_fifth_picture_is_held_out_for_the_error(resnet18):
+    images = nn.functional.avg_pool2d(torch.randn(10, 3, 34, 34), 3, stride=1)
+    settings = {"select": ["layer1.0.conv1", "layer3.0.conv2"], "input_shape": SMALL, "measure": False}
+    tracked = []
+
+    def track(batches, total, description):
+        tracked.append((len(batches[0]), total))
+        return batches
+
+    _, report = replace_convs(resnet18, **settings, images=images, track=track)
+    assert tracked == [(8, 1), (2, 1)]
+    same = images.clone()
+    same[4::5] = images[:2]  # what is held out is seen by the fit
+    _, leaked = replace_convs(resnet18, **settings, images=same)
+    assert leaked.replaced[1].error < 0.1 * report.replaced[1].error
+    assert report.notes == (
+        "error: share of the variance, on 2 of 10 pictures, held out of the fit",
+        "few pictures: fewer positions than unknowns in layer3.0.conv2",
+    )
+    _, report = replace_convs(resnet18, **settings, images=images[:4])
+    assert [r.error for r in report.replaced] == [None, None]
+    assert "4 pictures are too few" in str(report)
+
+
+def test_match_that_cannot_be_met_is_refused_or_reported():
+    settings = {"match": "macs", "init": "random", "input_shape": (1, 8, 8, 8), "measure": False}
+    with pytest.raises(ValueError, match="match 'macs' cannot be met, as no width can change: 0: its input comes from"):
+        replace_convs(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten()), **settings)
+    wrapped = nn.DataParallel(nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(9)]))
+    with pytest.raises(ValueError, match=r"module\.0 and 8 more: torch.fx cannot trace") as caught:
+        replace_convs(wrapped, **settings)
+    assert len(str(caught.value)) < 300
+    first, second = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+    model = nn.Sequential(first, nn.Softmax(1), nn.Conv2d(8, 32, 1), second, nn.Conv2d(32, 8, 1))
+    _, report = replace_convs(model, "depthwise", **settings)
+    text = str(report)
+    assert re.search(r"^width 32 -> \d+, narrowed: 2, 3, 4$", text, re.MULTILINE)
+    assert re.search(r"^match 'macs' is missed: 1\.\d+ times", text, re.MULTILINE)
+    assert "narrowing changes the network's function, and is not in the errors" in text
+
+
+def test_memory_format_is_kept():
+    model = C2f().to(memory_format=torch.channels_last)
+    new, _ = replace_convs(model, match="macs", init="random", input_shape=(1, 16, 9, 10), measure=False)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in new.parameters() if p.dim() == 4)
+    assert not new.bottlenecks[0].first.conv.pconv.weight.is_contiguous()
+
+
 @pytest.mark.slow
 def test_bottlenecks_of_resnet50_keep_their_multiply_adds():
     model = torchvision.models.resnet50(num_classes=5)
@@ -213,6 +261,39 @@ def test_pconv_alone_needs_a_pointwise_convolution_behind():
     assert isinstance(new[0].conv, PConv2d)
 
 
+class Named(nn.Module):
+    """Convolutions called by name, and one without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 1)
+        self.single = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.single(self.second(input=self.first(input=x))[0])
+
+
+@pytest.mark.parametrize("kind", ["pconv", "pconv_alone"])
+def test_convolutions_may_be_called_by_name(kind):
+    x = torch.randn(5, 8, 6, 6)
+    new, report = replace_convs(Named(), kind=kind, images=x, input_shape=(1, 8, 6, 6), measure=False)
+    assert [r.name for r in report.replaced] == ["first"]
+    assert [s.reason for s in report.skipped] == ["its input, (8, 6, 6), has no batch"]
+    assert new(x).shape == (8, 6, 6)
+
+
+class Curious(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * self[0].weight.mean()
+
+
+def test_network_that_needs_its_convolutions_is_refused():
+    with pytest.raises(ValueError, match=r"runs no longer with its convolutions replaced.*has no attribute 'weight'"):
+        replace_convs(Curious(nn.Conv2d(8, 8, 3, padding=1)), input_shape=(1, 8, 8, 8), measure=False)
+    with pytest.raises(ValueError, match="model itself is the convolution"):
+        replace_convs(nn.Conv2d(8, 8, 3, padding=1), input_shape=(1, 8, 8, 8), measure=False)
+
+
 class Branching(nn.Module):
     """A 3x3 convolution whose output a shortcut reads, too."""
 
@@ -225,9 +306,18 @@ class Branching(nn.Module):
         return x + self.second(x)
 
 
-def test_pconv_alone_leaves_what_others_read():
+class Returning(Branching):
+    """A 3x3 convolution whose output is returned, too."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return {"maps": [x], "y": self.second(x)}
+
+
+@pytest.mark.parametrize("network", [Branching, Returning])
+def test_pconv_alone_leaves_what_others_read(network):
     with pytest.raises(ValueError, match="first: something else"):
-        replace_convs(Branching(), kind="pconv_alone", input_shape=(1, 8, 8, 8), measure=False)
+        replace_convs(network(), kind="pconv_alone", input_shape=(1, 8, 8, 8), measure=False)
 
 
 def test_odd_convolutions_are_left_with_their_reason():
@@ -269,7 +359,8 @@ def test_trainable_state_and_precision_are_kept():
     assert [layer.training for layer in new] == [False, True]
 
 
-def test_seed_alone_decides_what_is_drawn(resnet18):
+def test_seed_alone_decides_what_is_drawn(resnet18, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the caller's GPUs are seeded"))
     settings = {"init": "random", "input_shape": SMALL, "measure": False}
     weights = []
     for seed in (0, 0, 1):
@@ -296,6 +387,8 @@ def test_latency_and_the_report_as_text(monkeypatch):
     assert latency.low <= latency.ratio <= latency.high
     assert (latency.engine, latency.threads) == ("eager, as given", 1)
     text = str(report)
+    assert re.search(r"^parameters 1\.184 -> 0\.\d+ k \(0\.\d+ times\)$", text, re.MULTILINE)
+    assert text.splitlines()[-1].startswith("accuracy: not the given network's before fine-tuning")
     assert re.search(r"^0\.conv +8 +8 +3 +1 ", text, re.MULTILINE)
     assert "eager, as given" in text
     assert "multiply-adds" in text
@@ -312,9 +405,14 @@ def test_latency_and_the_report_as_text(monkeypatch):
         ({"kind": "conv"}, "kind 'conv' is not one of pconv, pconv_alone"),
         ({"match": "flops"}, "match 'flops' is not one of none, macs, params"),
         ({"init": "zero"}, "init 'zero' is not one of approximate, random"),
-        ({"select": "layer("}, "select 'layer\\(' is not regular, depthwise, all or a regular expression: missing"),
+        ({"select": "layer("}, "select 'layer\\(' is not regular, depthwise, all, a regular expression, .*: missing"),
         ({"select": "layer9.*"}, "matches none of the convolutions that can be replaced: layer1.0.conv1, layer1.0"),
         ({"select": "depthwise"}, "select 'depthwise' matches none"),
+        ({"select": "conv1"}, r"matches none .*; it matches conv1 \(3 input channels"),
+        ({"select": ["layer1.0.conv1", "layer9"]}, "no k x k convolution of model: layer9"),
+        ({"select": 5}, "select 5 is not regular, depthwise, all, a regular expression, names"),
+        ({"threads": 0, "measure": True}, "threads must be from 1 to"),
+        ({"images": torch.zeros(2, 5, 32, 32)}, r"images of the shape \(2, 5, 32, 32\) do not fit the network: "),
         ({"partial_ratio": 0.0}, r"partial_ratio must be in \(0, 1\]"),
         ({"input_shape": (1, 5, 32, 32)}, "input_shape"),
         ({"images": torch.zeros(3, 32, 32)}, r"images must be .* got float32 \(3, 32, 32\)"),

@@ -185,6 +185,14 @@ def test_narrowing_by_dead_channels_keeps_the_function():
     assert torch.allclose(new(x), model(x), atol=1e-6)
 
 
+def test_widened_layers_keep_their_memory_format():
+    model = _create("c2f").to(memory_format=torch.channels_last)
+    new, widenings, _ = widen(model, _find(model), "macs", _cost, SHAPE)
+    weights = [new.get_submodule(name).weight for widening in widenings for name in widening.layers]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
 def test_new_channels_follow_the_seed_and_learn():
     model = _create("c2f")
     widths = [widen(model, _find(model), "macs", _cost, SHAPE, seed=s)[0] for s in (0, 0, 1)]

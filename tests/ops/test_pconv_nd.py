@@ -44,6 +44,8 @@ def test_pconv_has_the_same_face_in_every_dimension(module):
         module(8, 0.5, partial_channels=2)
     with pytest.raises(ValueError, match="partial_channels must be from 1 to channels"):
         module(8, partial_channels=9)
+    with pytest.raises(ValueError, match="dilation must be positive"):
+        module(8, dilation=0)
     with pytest.raises(ValueError, match="position 'middle'"):
         module(8, position="middle")
     with pytest.raises(ValueError, match="x must have"):

@@ -1,5 +1,6 @@
 """Studies: Table 2, Figures 3, 5 and 6 and the ablation from records, and the paper's claims judged by them."""
 
+import dataclasses
 import math
 import random
 import re
@@ -14,15 +15,23 @@ import pytest
 from fasternet.records import Record, append_records
 from fasternet.report import create_report
 from fasternet.report.ablation import list_variants, show_ablation
-from fasternet.report.approximation import ABSOLUTE, OWN, RELATIVE, list_approximations, show_approximation
+from fasternet.report.approximation import (
+    ABSOLUTE,
+    CLOSED_FORM,
+    OWN,
+    RELATIVE,
+    list_approximations,
+    name_network,
+)
 from fasternet.report.claims import FIGURE6, TABLE2, list_claims, show_claims
 from fasternet.report.page import render_item
 from fasternet.report.ratios import show_ratios
 from fasternet.report.redundancy import show_redundancy
-from fasternet.report.salience import show_receptive_field, show_salience
+from fasternet.report.salience import list_saliences, show_receptive_field, show_salience
 from fasternet.report.seeds import STUDENT_T, Mean, find_difference, find_mean, judge_difference
 from fasternet.report.sources import Source
 from fasternet.report.summary import show_summary
+from fasternet.report.table2 import show_approximation
 
 Write = Callable[[list[Record]], Path]
 NETWORK = {"model": "resnet18", "weights": "resnet18-flowers"}
@@ -201,20 +210,35 @@ def test_average_is_that_of_the_layers_seed_by_seed(example: ModuleType) -> None
     assert mean is not None
     assert mean.value == pytest.approx(statistics.fmean(by_seed))
     (partial,) = list_approximations(read([r for r in records if (r.subject, r.condition["stage"]) != (OWN, 4)]))
-    assert partial.mean(OWN, "average", ABSOLUTE) is None
-    assert partial.judge() is None
+    three = [r.values["mse"] for r in own if r.condition["stage"] != 4]
+    mean = partial.mean(OWN, "average", ABSOLUTE)
+    assert mean is not None
+    assert mean.value == pytest.approx(statistics.fmean(three))
+    text = "".join(show_approximation([Source(Path("some.jsonl"), partial.records)], {}))
+    assert "The average is over the layers layer1.0.conv1, layer2.0.conv2, layer3.0.conv2, which all operators" in text
+    assert "0.0123" not in text  # the average of the paper, of four layers
+    (none,) = list_approximations(read([r for r in records if r.subject != OWN or r.condition["stage"] == 9]))
+    assert none.judge() is None
 
 
 @pytest.mark.parametrize(
     ("gconv", "verdict", "claim"),
-    [(0.25, "holds", "holds"), (0.2, "not distinguishable", "partly"), (0.15, "does not hold", "does not hold")],
+    [
+        (0.25, "holds", "holds for this network"),
+        (0.2, "not distinguishable", "not distinguishable"),
+        (0.15, "does not hold", "does not hold for this network"),
+    ],
 )
-def test_order_of_table2_is_judged(example: ModuleType, gconv: float, verdict: str, claim: str) -> None:
+def test_order_of_table2_is_judged_alike_everywhere(
+    example: ModuleType, gconv: float, verdict: str, claim: str
+) -> None:
     sources = read(make_approximation(example.make, LOSSES | {"GConv(16) + PWConv": gconv}))
     (study,) = list_approximations(sources)
     assert (study.judge(), study.judge(RELATIVE)) == (verdict, verdict)
     (row,) = (row for row in list_claims(sources, {}) if row.text == TABLE2)
-    assert row.judge(row.eager) == claim
+    assert row.judge(row.eager) == verdict
+    assert f">{claim}</span>" in show_claims(sources, {})[0]
+    assert f"The order of Table 2 {'is ' if gconv == 0.2 else ''}{claim}" in show_approximation(sources, {})[1]
     assert "resnet18 (weights resnet18-flowers)" in row.remark
     assert f"against GConv(16) + PWConv: {verdict}" in row.remark
 
@@ -228,13 +252,47 @@ def test_one_seed_judges_nothing(example: ModuleType) -> None:
 
 def test_table2_marks_the_lowest_and_quotes_the_paper(example: ModuleType, write: Write) -> None:
     text = render_item("table2", [write(make_approximation(example.make))])
-    (first, last) = (line for line in text.split("\n") if line.startswith("| 1 |"))
-    assert first.startswith("| 1 | layer1.0.conv1 | 64 × 16 × 16 |")
-    assert first.count("**") == last.count("**") == 2
+    (first, _, last) = (line for line in text.split("\n") if line.startswith("| 1 |"))
+    assert first.startswith("| 1 | layer1.0.conv1 | 0.2714 ± 0.0076 |")
+    assert last.startswith("| 1 | layer1.0.conv1 | 64 × 16 × 16 |")
+    assert (first.count("**"), last.count("**")) == (2, 0)
     assert last.endswith("| 0.0089 | 0.0065 | 0.0069 |")
     assert text.index("DWConv + PWConv") < text.index("T-shaped")
     assert "607 to train, 87 to stop early, 174 to test" in text
-    assert "holds on the average" in text
+    assert "holds for this network, on the average" in text
+    assert "Adam without weight decay, one peak rate for all operators, 0.003, on a cosine to 0, batch 32" in text
+    assert "Not converged" not in text
+
+
+def test_least_squares_stays_out_of_the_comparison(example: ModuleType, write: Write) -> None:
+    losses = {CLOSED_FORM: 0.01} | LOSSES
+    closed = [
+        dataclasses.replace(r, values={**r.values, "num_epochs": 0, "best_epoch": 0}) if r.subject == CLOSED_FORM else r
+        for r in make_approximation(example.make, losses)
+    ]
+    (study,) = list_approximations(read(closed))
+    assert study.operators == [*LOSSES, CLOSED_FORM]
+    text = render_item("table2", [write(closed)])
+    (first, *_) = (line for line in text.split("\n") if line.startswith("| 1 |"))
+    assert first.count("**") == 2
+    assert "**" not in first.split("|")[-2]
+    assert first.split("|")[-2].strip().startswith("0.0086")
+    assert "Closed form: not trained" in text
+    assert "10 epochs at most (9 were spent)" in text
+
+
+def test_table2_says_what_qualifies_it(example: ModuleType) -> None:
+    records = make_approximation(example.make, weights="trained here on flowers", weights_hash="deadbeef", epochs=7)
+    text = show_approximation(read(records), {})[0]
+    assert "resnet18 (trained here on flowers) at 64 px" in text
+    assert "most of these pictures trained it" in text
+    assert "Not converged: in 60 of 60 trainings the last epoch was the best" in text
+    assert "deadbeef" not in text
+    other = show_approximation(read(make_approximation(example.make, weights="trained here on cifar10")), {})[0]
+    assert "most of these pictures" not in other
+    assert (
+        name_network({"model": "ResNet50", "weights": "published (tv_in1k)"}) == "ResNet50 (published weights tv_in1k)"
+    )
 
 
 def test_table2_is_one_for_each_set_of_conditions(example: ModuleType) -> None:
@@ -251,20 +309,69 @@ def test_figure3_shows_grids_and_numbers(example: ModuleType, tmp_path: Path) ->
     assert page.count('src="data:image/png') == 1
     assert "no picture" in page  # of layer 2, whose file is missing
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| layer4.0.conv2 | 4 | 512 × 2 × 2 | 800 | 0.210 | 8.0 | 153.6 | 30 | 24.0 | 71.0 | 70.0 | 93.0 |" in text
+    assert (
+        "| layer4.0.conv2 | 4 | 512 × 2 × 2 | 800, too few positions | 0.210 | – | – | – | 24.0 | – | – | – |" in text
+    )
+    assert "| layer3.0.conv2 | 3 | 256 × 4 × 4 | 3,200 | 0.210 | 8.0 | 76.8 | 30 | 24.0 | 71.0 | 70.0 | 93.0 |" in text
     assert show_redundancy(read(make_ablation(example)), {}) == []
 
 
+def test_figure3_is_one_for_each_picture(example: ModuleType) -> None:
+    records = [
+        dataclasses.replace(r, condition={**r.condition, "picture": name, "pictures_hash": "deadbeef"})
+        for name in ("rose.jpg", "tulip.jpg", None)
+        for r in make_redundancy(example.make)
+    ]
+    shown = show_redundancy(read(records), {})
+    assert [", maps of rose.jpg<" in html for html in shown] == [True, False, False]
+    assert [html.count("64 maps shown, of tulip.jpg<") for html in shown] == [0, 2, 0]
+    assert "None" not in shown[2]
+    assert "deadbeef" not in "".join(shown)
+
+
 @pytest.mark.parametrize(
-    ("centre", "last", "verdict"), [(60, None, "holds"), (60, 8, "partly"), (16, None, "does not hold")]
+    ("centre", "last", "verdict"),
+    [
+        (60, None, "holds"),
+        (60, 8, "partly"),
+        (8, None, "does not hold"),
+        (16, None, "not distinguishable"),
+    ],
 )
 def test_figure6_is_judged_by_all_stages(example: ModuleType, centre: int, last: int | None, verdict: str) -> None:
     sources = read(make_salience(example.make, centre, last))
     (row,) = (row for row in list_claims(sources, {}) if row.text == FIGURE6)
     assert row.judge(row.eager) == verdict
     (html,) = show_salience(sources, {})
-    assert html.count(">no<") == {"holds": 0, "partly": 1, "does not hold": 5}[verdict]
+    assert html.count(">no<") == {"holds": 0, "partly": 1}.get(verdict, 5)
+    claim = verdict if centre == 16 else f"{verdict} for this network"
+    assert f"in resnet18 (weights resnet18-flowers): {claim}." in html
+    assert f">{claim}</span>" in show_claims(sources, {})[0]
     assert f"stage 1, position 5: {100 * centre / sum(sources[0].records[0].values['counts']):.1f} %" in html
+
+
+def test_pconv_and_a_stem_alone_do_not_prove_figure6(example: ModuleType) -> None:
+    records = make_salience(example.make)
+    stem = [dataclasses.replace(r, subject={"stage 1": "stage 0"}.get(r.subject, r.subject)) for r in records]
+    (found,) = list_saliences(read([r for r in stem if r.subject in ("stage 0", "all")]))
+    assert found.judge() == "partly"
+    layers = {"layers": ["stages.0.0.pconv"], "random_low": 0.1, "random_high": 0.13}
+    pconv = [dataclasses.replace(r, values={**r.values, **layers}) for r in records]
+    (html,) = show_salience(read(pconv), {})
+    assert "its claim is not judged" in html
+    assert ">11.2 (10.0–13.0)<" in html
+    assert not any(row.is_studied for row in list_claims(read(pconv), {}))
+
+
+def test_summary_counts_studies_apart(example: ModuleType) -> None:
+    speed = example.make_ratio("networks", "MobileViT-XXS", "FasterNet-T0", 3.6, example.CPU)
+    records = [speed, *make_approximation(example.make), *make_salience(example.make, 8)]
+    (text,) = show_summary(read(records), {})[:1]
+    told = re.sub("<[^>]*>", "", text)
+    assert "1 of 1measured claims of the paper hold in eager PyTorch" in told
+    assert "1 of 2claims of the paper about trained networks hold on networks at hand, resnet18 (weights" in told
+    assert "; 1 not" in told
+    assert "in eager PyTorch" not in show_summary(read(records[1:]), {})[0]
 
 
 def test_figure5_draws_every_field(example: ModuleType, write: Write) -> None:
@@ -276,10 +383,9 @@ def test_figure5_draws_every_field(example: ModuleType, write: Write) -> None:
 
 def test_ablation_compares_with_the_base(example: ModuleType) -> None:
     records = make_ablation(example)
-    rows = {row.name: row for row in list_variants(records[:12], [r for r in records if r.kind == "ratio"])}
+    rows = {row.name: row for row in list_variants(records[:12], records[12:])}
     assert list(rows) == list(ABLATED)
     assert rows["base"].difference is None
-    assert rows["base"].ratios == {}
     verdicts = {
         name: judge_difference(row.difference, below="worse", above="better")
         for name, row in rows.items()
@@ -306,10 +412,33 @@ def test_times_of_the_ablation_stay_out_of_the_headline(example: ModuleType) -> 
     assert "Ratios of time, ablation" in show_ratios(read(records), {})[0]
 
 
-def test_sizes_of_the_ablation_do_not_mix(example: ModuleType) -> None:
-    small = make_ablation(example)
-    full = [example.make_ratio("ablation", "LN", "base", 2.5, example.CPU | {"size": "full", "input_size": 224})]
-    shown = show_ablation(read([*small, *full]), {})
+def test_both_sizes_of_the_ablation_are_timed_and_told_apart(example: ModuleType) -> None:
+    condition = example.CPU | {"size": "full", "input_size": 224}
+    values = {"unstable": True, "num_batch_norms_left": 5}
+    full = [
+        example.make_latency("ablation", "LN", 44.0, condition, macs=9e6, **values),
+        example.make_ratio("ablation", "LN", "base", 2.5, condition),
+    ]
+    other = [dataclasses.replace(r, machine="other") for r in full]
+    shown = show_ablation(read([*make_ablation(example), *full, *other]), {})
     assert len(shown) == 2
-    assert ">2.50<" not in shown[0]
-    assert ">2.50<" in shown[1]
+    heads = re.findall('scope="colgroup"[^>]*>(.*?)<', shown[0])
+    sizes = ["small, 64 px", "T0, 224 px"]
+    assert [head.partition(":")[0] for head in heads[-4:]] == [*sizes, *(f"Costs, {size}" for size in sizes)]
+    assert "Accuracy is that of the small size alone; the same changes were timed in T0, 224 px too." in shown[0]
+    assert shown[0].count(">5 BN<") == shown[0].count(">cannot be folded<") == 1
+    assert re.search(r">44\.00<a[^>]*>†<", shown[0])
+    assert shown[0].count(">2.50<") == 1
+    assert "T0, 224 px, time alone, other" in shown[1]
+
+
+def test_error_of_the_ablations_times_is_shown(example: ModuleType) -> None:
+    records = make_ablation(example)
+    base = next(i for i, r in enumerate(records) if (r.kind, r.subject) == ("ratio", "base"))
+    records[base] = dataclasses.replace(records[base], values={**records[base].values, "warnings": ["other load: 1.2"]})
+    (html,) = show_ablation(read(records), {})
+    row = re.search(r"<tr><th[^>]*>base</th>(?:(?!</tr>).)*>3.00<.*?</tr>", html)
+    assert row is not None
+    assert ">0.98–1.03<" in row[0]
+    assert ">control<" in row[0]
+    assert "A/A spread, the base against itself: 1.2 %. Warnings of the runs: other load: 1.2." in html

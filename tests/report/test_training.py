@@ -134,6 +134,17 @@ def test_summary_tells_the_mean_of_seeds_once(example: ModuleType, render: Rende
     assert summary.count(" %fasternet_t0") == 1
 
 
+def test_surgery_of_a_network_reads_as_words(example: ModuleType, render: Render) -> None:
+    options = {"select": "regular", "kind": "pconv", "match": "none", "input_shape": [1, 3, 64, 64], "seed": 0}
+    cut = {"surgery": [options, options | {"select": "layer1.*", "kind": "pconv_alone"}]}
+    files = [example.make_learning("resnet18", model_options=given) for given in ({}, cut)]
+    told = unescape(render(*files))
+    assert (
+        "model options surgery pconv, select regular, match none then pconv_alone, select layer1.*, match none" in told
+    )
+    assert "model options none" in told
+
+
 def test_unfinished_and_single_runs_make_no_learning_table(example: ModuleType, render: Render) -> None:
     unfinished = example.make_learning(seed=1)[:-1]
     page = render(example.make_learning(), unfinished)

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from fasternet.models import Preprocessing, create_model, save_checkpoint
+from fasternet.ops.pconv_nd import PConvPWConv
 from fasternet.rivals import (
     create_network,
     load_network,
@@ -18,6 +19,7 @@ from fasternet.rivals import (
 )
 
 NAMES = ("ant", "bee", "cat")
+SHAPE = [1, 3, 64, 64]
 FACTS = {"recipe": {"epochs": 3, "lr": 0.001}, "metrics": {"top1": 71.5}, "license": "cc-by-4.0"}
 PREPROCESSING = Preprocessing(input_size=64, crop_ratio=0.95, mean=(0.5,) * 3, std=(0.1, 0.2, 0.3))
 
@@ -170,3 +172,50 @@ def test_names_are_the_papers_where_it_has_them():
     assert resolve_network("mobilenetv2_100.ra_in1k").name == "MobileNetV2"
     assert resolve_network("mobilenetv2_100.ra_in1k").builder == "mobilenetv2_100.ra_in1k"
     assert resolve_network("regnety_160").name == "regnety_160"
+
+
+TWICE = [{"select": r"layer1\..*", "input_shape": SHAPE}, {"select": r"layer2\.1\..*", "input_shape": SHAPE}]
+
+
+def create_operated(**changes):
+    return create_network("resnet18", num_classes=3, channels=(16, 16, 16, 16), **{"surgery": TWICE, **changes})
+
+
+def test_surgery_is_done_in_turn_and_again_from_the_folder(tmp_path):
+    model = create_operated()
+    replaced = [name for name, module in model.named_modules() if isinstance(module, PConvPWConv)]
+    assert replaced == [f"layer{block}.conv{conv}" for block in ("1.0", "1.1", "2.1") for conv in (1, 2)]
+    assert model.training
+    save_network(tmp_path, model, name="resnet18")
+    assert torch.equal(logits(load_network(tmp_path).model), logits(model))
+
+
+def test_what_surgery_draws_follows_from_the_seed():
+    first, again, other = (
+        torch.manual_seed(seed) and create_operated().layer2[1].conv1.pwconv.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    given = [torch.manual_seed(seed) and create_operated(surgery=[{**TWICE[1], "seed": 7}]) for seed in (1, 2)]
+    assert torch.equal(*(model.layer2[1].conv1.pwconv.weight for model in given))
+
+
+def test_surgery_on_published_weights_keeps_what_it_can(monkeypatch):
+    """All of a 3x3 convolution that works on its centre alone is left, where weights are fitted and not drawn."""
+    build = timm.create_model
+
+    def create(name, *, pretrained, **options):
+        model = build(name, **options)
+        torch.nn.init.dirac_(model.layer1[1].conv1.weight)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    conv = create_operated(pretrained=True).layer1[1].conv1
+    x = torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(conv(x), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("surgery", [[{"bogus": 1}], {"select": "regular"}, [{"init": "random"}]])
+def test_surgery_that_does_not_exist_is_one_sentence(surgery):
+    with pytest.raises(ValueError, match=r"^resnet18 cannot be built with surgery .*(bogus|mapping|init)"):
+        create_operated(surgery=surgery)

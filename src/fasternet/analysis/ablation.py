@@ -1,4 +1,4 @@
-"""The ablation of Table 5 on small data: every variant trained alike, seed by seed, and timed against the base.
+"""The ablation of Table 5 on small data: every variant trained alike, seed by seed.
 
 All variants of a seed see the same pictures in the same order with the same augmentation, so that differences may be
 taken seed by seed. The accuracy is that of the last epoch: none is chosen by the pictures that judge it.
@@ -7,9 +7,7 @@ Legend: N pictures of S x S pixels.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import itertools
 import random
 import tempfile
@@ -24,17 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import transforms
 
-from fasternet.analysis.variants import SIZES, VARIANTS, choose_variants, create_variant, describe_variant
-from fasternet.complexity import Costs, count_costs
+from fasternet.analysis.reference import hash_pictures
+from fasternet.analysis.variants import SIZES, choose_variants, create_variant, summarize_variant
 from fasternet.data.datasets import ImageDataset, create_datasets
 from fasternet.data.transforms import LimitAspect, normalize_batch
-from fasternet.deploy import fold_batch_norm
-from fasternet.deploy.verify import describe_difference
-from fasternet.environment import create_record, set_threads
+from fasternet.environment import create_record
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.records import Record, load_records
-from fasternet.rivals import randomize_batch_norm
-from fasternet.timing import Measurement, Ratio, Track, measure, silent
+from fasternet.timing import Track, silent
 from fasternet.train.device import select_device, select_precision
 from fasternet.train.evaluate import evaluate
 from fasternet.train.loop import autocast, fit
@@ -47,7 +42,6 @@ Pictures = tuple[Tensor, Tensor]  # (N, 3, S, S) of bytes, labels (N,)
 
 PREPROCESSING = Preprocessing(crop_ratio=1.0)
 PAD_SHARE = 1 / 8  # of the side: how far a training crop may be shifted
-MAX_DIFFERENCE = 5e-4  # of the largest output; folding BN rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +112,9 @@ class _Study(Task):
 
 
 def measure_ablation(
-    data: str | Path,
+    folder: str | Path,
     *,
+    data: str,
     size: str = "small",
     variants: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
@@ -134,7 +129,8 @@ def measure_ablation(
     """Train every variant with every seed, and judge it by validation pictures.
 
     Args:
-        data: See ``create_datasets``; not packed shards.
+        folder: See ``create_datasets``; not packed shards.
+        data: What the records call the pictures.
         size: ``small`` (width 16, depths 1-1-2-1, 64 px; for two cores) or ``full`` (T0, 224 px; for a GPU).
         variants: Of ``VARIANTS``; None takes all, and the base is always among them.
         seeds: Each decides weights, order and augmentation; they are paired over the variants.
@@ -159,17 +155,18 @@ def measure_ablation(
         epochs=plan.recipe.epochs if epochs is None else epochs,
         precision=select_precision(plan.recipe.precision, target),
     )
-    datasets = create_datasets(data)
+    datasets = create_datasets(folder)
     train = _select(datasets.train, plan.num_train if num_train is None else num_train, "num_train")
     validation = _select(
         datasets.validation, plan.num_validation if num_validation is None else num_validation, "num_validation"
     )
     condition = {
         "size": size,
-        "data": Path(data).name,
+        "data": data,
         **{name: getattr(recipe, name) for name in ("epochs", "batch_size", "lr", "input_size", "precision")},
         "num_train": len(train),
         "num_validation": len(validation),
+        "pictures_hash": hash_pictures([*train.paths, *validation.paths]),
     }
     covered = [(r.subject, dict(r.condition)) for r in known if (r.suite, r.kind) == ("ablation", "study")]
     runs = itertools.product([dataclasses.replace(recipe, seed=seed) for seed in seeds], labels)
@@ -178,9 +175,12 @@ def measure_ablation(
         return
     say(f"{len(missing)} runs of {recipe.epochs} epochs on {len(train)} pictures of {recipe.input_size} pixels")
     pictures = [_load(part, recipe.input_size) for part in (train, validation)]
-    for own, label in track(missing, len(missing), "ablation"):
+    spent = 0.0
+    for number, (own, label) in enumerate(track(missing, len(missing), "ablation"), start=1):
         values = _train(label, size, datasets.class_names, pictures, own, target)
-        say(f"{label}, seed {own.seed}: top-1 {values['top1']:.1f} % after {values['seconds']:.0f} s")
+        spent += values["seconds"]
+        left = f"{spent / number * (len(missing) - number) / 60:.1f} min left"
+        say(f"{label}, seed {own.seed}: top-1 {values['top1']:.1f} % after {values['seconds']:.0f} s, {left}")
         yield create_record("ablation", "study", label, condition={**condition, "seed": own.seed}, values=values)
 
 
@@ -225,7 +225,7 @@ def _train(
     train, validation = pictures
     seed_everything(recipe.seed)
     model = create_variant(label, size=size, num_classes=len(class_names))
-    costs = count_costs(model, (1, 3, recipe.input_size, recipe.input_size))
+    described = summarize_variant(label, model, size=size)
     task = _Study(
         name=label,
         model=model.to(device).to(memory_format=torch.channels_last),
@@ -248,20 +248,11 @@ def _train(
             class_names=class_names,
         )
     return {
-        **_describe(label, size, costs),
+        **described,
         "top1": result.top1,
         "validation_loss": result.loss,
         "train_loss": last.values["train_loss"],
         "seconds": time.perf_counter() - started,
-    }
-
-
-def _describe(label: str, size: str, costs: Costs) -> dict[str, Any]:
-    return {
-        "group": VARIANTS[label].group,
-        "differs": describe_variant(label, size=size),
-        "num_params": costs.num_params,
-        "macs": costs.macs,
     }
 
 
@@ -278,121 +269,3 @@ def _augment(images: Tensor, drawn: torch.Generator) -> Tensor:
 
 def _prepare(images: Tensor, device: torch.device) -> Tensor:
     return normalize_batch(images.to(device), PREPROCESSING).to(memory_format=torch.channels_last)
-
-
-def measure_ablation_latency(
-    *,
-    size: str = "small",
-    variants: Sequence[str] | None = None,
-    num_classes: int = 10,
-    threads: int = 1,
-    quick: bool = False,
-    known: Iterable[Record] = (),
-    track: Track = silent,
-) -> Iterator[Record]:
-    """Time every variant at batch size 1 in eager PyTorch, with BN folded wherever it can be, against the base.
-
-    All run interleaved in one process on the CPU, each in the memory format that suits it better, after its output has
-    been compared with that of the network as it was, with random BN statistics.
-
-    Args:
-        size: See ``measure_ablation``.
-        variants: Likewise.
-        num_classes: Of the classifier.
-        threads: Of PyTorch.
-        quick: Half the rounds.
-        known: Records of an interrupted run; where they cover all variants nothing is timed.
-        track: Shows progress over the rounds.
-
-    Yields:
-        A latency for each variant, then the ratios to the base: first the base's to itself, the A/A control.
-
-    Raises:
-        ValueError: An argument is wrong.
-    """
-    labels = choose_variants(variants, size)
-    condition = {
-        **{"size": size, "num_classes": num_classes, "input_size": SIZES[size].input_size, "device": "cpu"},
-        **{"engine": "eager", "precision": "fp32", "batch_size": 1, "threads": threads},
-    }
-    timed = {
-        r.subject
-        for r in known
-        if r.suite == "ablation" and r.kind == "ratio" and condition.items() <= r.condition.items()
-    }
-    if timed >= set(labels):
-        return
-    settings: dict[str, Any] = {"num_blocks": 32, "warmup_s": 0.1} if quick else {}
-    with set_threads(threads) as moment:
-        forms = {label: _deploy(label, size, num_classes) for label in labels}
-        measured = measure(
-            {label: call for label, (call, _) in forms.items()}, baseline="base", track=track, **settings
-        )
-    for label, (_, values) in forms.items():
-        yield _create_latency_record(label, condition, {**values, **moment}, measured)
-    for label in labels:
-        yield _create_ratio_record(label, condition, measured)
-
-
-@torch.no_grad()
-def _deploy(label: str, size: str, num_classes: int) -> tuple[Callable[[], object], dict[str, Any]]:
-    """Return a call of the folded network on one picture of noise, and what is to be recorded of it."""
-    side = SIZES[size].input_size
-    drawn = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = create_variant(label, size=size, num_classes=num_classes).eval()
-    noise = torch.randn(4, 3, side, side, generator=drawn)
-    randomize_batch_norm(network, noise)
-    folded = fold_batch_norm(network, noise)
-    difference = describe_difference(folded(noise), network(noise))["max_relative_difference"]
-    if not difference <= MAX_DIFFERENCE:
-        raise ValueError(f"variant {label}: BN cannot be folded, the outputs differ by {difference:.1e}")
-    calls: dict[str, Callable[[], object]] = {}
-    for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
-        form = copy.deepcopy(folded).to(memory_format=memory_format)
-        calls[name] = functools.partial(form, noise[:1].clone().to(memory_format=memory_format))
-    trial = measure(calls, num_blocks=4, warmup_s=0.1)
-    better = min(calls, key=lambda name: trial.summary(name).min_ms)
-    costs = count_costs(network, (1, 3, side, side))
-    return calls[better], {**_describe(label, size, costs), "memory_format": better, "relative_difference": difference}
-
-
-def _create_latency_record(
-    label: str, condition: Mapping[str, Any], values: Mapping[str, Any], measured: Measurement
-) -> Record:
-    summary = measured.summary(label)
-    latency = {
-        "latency_ms": summary.median_ms,
-        **{f"latency_ms_{name}": getattr(summary, f"{name}_ms") for name in ("min", "low", "high", "p90", "p99")},
-        **{"spread": summary.spread, "unstable": summary.unstable},
-        "num_loops": measured.num_loops[label],
-        "images_per_second": 1e3 / summary.median_ms,
-        "macs_per_second": 1e3 / summary.median_ms * values["macs"],
-    }
-    samples = {"latency_ms": measured.samples_ms[label]}
-    return create_record(
-        "ablation", "latency", label, condition=condition, values={**latency, **values}, samples=samples
-    )
-
-
-def _create_ratio_record(label: str, condition: Mapping[str, Any], measured: Measurement) -> Record:
-    """Record a variant's ratio to the base; of the base itself, the A/A control with the run's warnings."""
-    is_control = label == measured.baseline
-    ratio: Ratio = measured.a_a if is_control else measured.ratio(label, measured.baseline)
-    baseline = {"baseline": measured.baseline, "baseline_engine": "eager", "baseline_precision": "fp32"}
-    values = {
-        **dataclasses.asdict(ratio),
-        "a_a_spread": measured.a_a.spread,
-        "num_blocks": len(measured.control_ms),
-        **({"warnings": list(measured.warnings)} if is_control else {}),
-    }
-    values["ratio"] = values.pop("value")
-    return create_record(
-        "ablation",
-        "ratio",
-        label,
-        condition={**condition, **baseline, "metric": "latency_ms"},
-        values=values,
-        samples={"latency_ms": measured.control_ms} if is_control else {},
-    )

@@ -18,7 +18,10 @@ batches, by the mean squared error; nothing of the maps outlives its batch. The 
 * closed form: what PConv + PWConv can reach at all is least squares on the training part's maps (``LEAST_SQUARES``),
   for targets before batch normalization, without normalization by channel;
 * loss: the test error in the maps' own units, and relative to the variance of the targets, where 1 is the error of the
-  channels' means.
+  channels' means;
+* what is unseen: the operators have not seen the test part. A reference that was trained on the same pictures has: its
+  maps of them are those of training pictures. Pictures that it was not trained on, such as those of its validation,
+  give maps of unseen ones.
 
 Legend: N C H W of a map; x and y input and target of a layer.
 """
@@ -28,12 +31,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import statistics
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,12 +45,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fasternet.analysis.fitting import Errors, Fit, LayerMap, Normalize, evaluate, fit_operators, measure_scales
-from fasternet.analysis.reference import Layer, Reference, capture, find_first_convs, list_layers, load_pictures
+from fasternet.analysis.operators import OPERATORS
+from fasternet.analysis.reference import (
+    Layer,
+    Reference,
+    capture,
+    find_first_convs,
+    hash_pictures,
+    list_layers,
+    load_pictures,
+)
 from fasternet.complexity import count_costs
 from fasternet.environment import create_record
 from fasternet.models.approximate import approximate_conv, copy_approximation, measure_moments
-from fasternet.ops import PConv2d, PConvPWConv, count_partial_channels
-from fasternet.ops.reference_ops import TConv2d
+from fasternet.ops import PConvPWConv, count_partial_channels
 from fasternet.records import Record
 from fasternet.timing import Track, silent
 
@@ -55,47 +67,7 @@ Target = Literal["conv", "norm"]
 _SPLIT = (0.7, 0.1)  # training and validation; the rest tests (Section 4.1)
 
 
-class _TShaped(TConv2d):
-    """T-shaped convolution to any number of channels, with or without bias."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
-        super().__init__(in_channels)
-        self.weight, self.centre_weight = (
-            nn.Parameter(torch.empty(out_channels, *weight.shape[1:])) for weight in (self.weight, self.centre_weight)
-        )
-        self.bias = nn.Parameter(torch.zeros(out_channels, 1, 1)) if bias else None
-        self.reset_parameters()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if self.bias is None else y + self.bias
-
-
-def _before_pwconv(spatial: Callable[[int], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
-    """Make a builder of an operator that keeps the channels, and the PWConv after it."""
-    return lambda in_channels, out_channels, bias: nn.Sequential(
-        spatial(in_channels), nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-    )
-
-
-def _group_conv(channels: int, groups: int) -> nn.Module:
-    return nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
-
-
-OPERATORS: Mapping[str, Callable[[int, int, bool], nn.Module]] = MappingProxyType(
-    {
-        "DWConv + PWConv": _before_pwconv(lambda channels: _group_conv(channels, channels)),
-        "GConv(16) + PWConv": _before_pwconv(lambda channels: _group_conv(channels, 16)),
-        "PConv + PWConv": _before_pwconv(PConv2d),
-        "T-shaped": _TShaped,
-        "PConv + PWConv r=1/8": _before_pwconv(lambda channels: PConv2d(channels, 1 / 8)),
-        "PConv + PWConv r=1/2": _before_pwconv(lambda channels: PConv2d(channels, 1 / 2)),
-    }
-)
-"""Operators by label, those of Table 2 first; each is called with in_channels, out_channels and bias."""
-
-
-LEAST_SQUARES = "PConv + PWConv, least squares"
+LEAST_SQUARES = "PConv + PWConv (least squares)"
 """PConv + PWConv in closed form: nothing is trained."""
 
 
@@ -143,10 +115,11 @@ def measure_approximation(
         num_workers: Processes that load pictures; 0 loads in this one.
         known: Records of an interrupted run; what they cover is not trained again.
         track: Shows progress.
-        say: Takes a sentence about the layers, and one about each seed.
+        say: Takes a sentence about the layers, and one about each epoch and each seed.
 
     Yields:
-        After each seed a record for each layer and operator: suite ``approximation``, kind ``study``.
+        After each seed a record for each layer and operator: suite ``approximation``, kind ``study``. Its
+        ``reference_trained_on_data`` says whether the reference names these pictures as those that it was trained on.
 
     Raises:
         ValueError: An argument does not fit, or an operator's loss is not finite.
@@ -154,7 +127,8 @@ def measure_approximation(
     """
     size = reference.preprocessing.input_size if input_size is None else input_size
     settings = {"epochs": epochs, "patience": patience, "batch_size": batch_size, "lr": lr, "input_size": size}
-    _check(len(pictures), seeds, settings, {"target": (target, Target), "normalize": (normalize, Normalize)})
+    check_options(len(pictures), operators, target=target, normalize=normalize)
+    _check(seeds, settings)
     maps = _choose_maps(reference.model, size, layers, target, bias)
     labels = _choose_operators(operators, has_closed_form=normalize != "channel" and all(map.is_plain for map in maps))
     _check_operators(maps, labels)
@@ -171,10 +145,11 @@ def measure_approximation(
         fit=functools.partial(fit_operators, epochs=epochs, patience=patience, lr=lr, track=track),
         say=say,
     )
-    shared = {**reference.condition, "data": data, "target": target, "normalize": normalize}
-    shared |= settings
+    shared = {**reference.condition, "data": data, "pictures_hash": hash_pictures(pictures)}
+    shared |= {"target": target, "normalize": normalize, **settings}
+    seen = reference.weights in {f"trained here on {name}" for name in (data, data.removesuffix("/train"))}
     done = [(record.subject, record.condition) for record in known if record.suite == "approximation"]
-    for seed in seeds:
+    for number, seed in enumerate(seeds, start=1):
         parts = split_pictures(pictures, seed)
         sizes = {f"num_{name}": len(part) for name, part in zip(("train", "validation", "test"), parts, strict=True)}
         conditions = {
@@ -184,8 +159,9 @@ def measure_approximation(
         }
         missing = [pair for pair in itertools.product(maps, labels) if (pair[1], conditions[pair[0]]) not in done]
         if missing:
-            for fit, errors in study(parts, seed, missing).items():
-                yield _record(fit, errors, conditions[fit.map])
+            tell = _create_teller(say, seed, epochs, num_more=len(seeds) - number)
+            for fit, errors in study(parts, seed, missing, tell=tell).items():
+                yield _record(fit, errors, conditions[fit.map], seen)
 
 
 def split_pictures(pictures: Sequence[Path], seed: int) -> tuple[list[Path], list[Path], list[Path]]:
@@ -200,19 +176,28 @@ def split_pictures(pictures: Sequence[Path], seed: int) -> tuple[list[Path], lis
     )
 
 
-def _check(
-    num_pictures: int, seeds: Sequence[int], counts: Mapping[str, float], words: Mapping[str, tuple[str, Any]]
+def check_options(
+    num_pictures: int, operators: Sequence[str] | None = None, *, target: str = "conv", normalize: str = "layer"
 ) -> None:
+    """Check what can be checked before there is a network.
+
+    Raises:
+        ValueError: An argument of ``measure_approximation`` is not allowed, or there are too few pictures.
+    """
     if num_pictures < 10:
         raise ValueError(f"pictures must be at least 10, to train, validate and test with, got {num_pictures}")
+    for name, word, allowed in (("target", target, Target), ("normalize", normalize, Normalize)):
+        if word not in get_args(allowed):
+            raise ValueError(f"{name} {word!r} is not one of {', '.join(get_args(allowed))}")
+    _choose_operators(operators, has_closed_form=target == "conv" and normalize != "channel")
+
+
+def _check(seeds: Sequence[int], counts: Mapping[str, float]) -> None:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
     for name, number in counts.items():
         if not number > 0:
             raise ValueError(f"{name} must be positive, got {number}")
-    for name, (word, allowed) in words.items():
-        if word not in get_args(allowed):
-            raise ValueError(f"{name} {word!r} is not one of {', '.join(get_args(allowed))}")
 
 
 def _choose_operators(operators: Sequence[str] | None, *, has_closed_form: bool) -> list[str]:
@@ -245,7 +230,8 @@ def _choose_maps(
     if names is None:
         names = [layer.name for layer in find_first_convs(known.values())]
     if not names:
-        raise ValueError("the network has no regular 3x3 convolution with stride 1 in its stages 1 to 4; give layers")
+        advice = f"; give layers, of {', '.join(regular)}" if regular else ", and nothing else is approximated"
+        raise ValueError(f"the network has no regular 3x3 convolution with stride 1 in its stages 1 to 4{advice}")
     for name in names:
         if name not in regular:
             allowed = ", ".join(regular) or "none in this network"
@@ -289,6 +275,7 @@ def _measure_seed(
     normalize: Normalize,
     fit: Callable[..., None],
     say: Callable[[str], object],
+    tell: Callable[[int, Sequence[Fit]], object],
 ) -> dict[Fit, Errors]:
     train, validation, test = parts
     maps = list(dict.fromkeys(map for map, _ in wanted))
@@ -299,7 +286,7 @@ def _measure_seed(
         if label in OPERATORS
     ]
     if trained:
-        fit(model, trained, load(train, shuffle_seed=seed), load(validation), description=f"seed {seed}")
+        fit(model, trained, load(train, shuffle_seed=seed), load(validation), description=f"seed {seed}", tell=tell)
     fits = list(trained)
     if open_maps := [map for map, label in wanted if label == LEAST_SQUARES]:
         fits += (solved := _solve(model, open_maps, load(train)))
@@ -311,6 +298,22 @@ def _measure_seed(
     num_epochs = max(fit.num_epochs for fit in fits)
     say(f"seed {seed}, {num_epochs} epochs: test error relative to the variance, mean of the layers: {listing}")
     return tested
+
+
+def _create_teller(
+    say: Callable[[str], object], seed: int, epochs: int, *, num_more: int
+) -> Callable[[int, Sequence[Fit]], None]:
+    """Return what says after each epoch of a seed how far it is, with ``num_more`` seeds still to come."""
+    started = time.perf_counter()
+
+    def tell(epoch: int, fits: Sequence[Fit]) -> None:
+        own = [fit for fit in fits if fit.label == "PConv + PWConv"]
+        errors = [fit.validation.relative_mse if fit.validation else math.inf for fit in own or fits]
+        error = f"{statistics.fmean(errors):.4f} ({'PConv + PWConv' if own else 'mean of the operators'})"
+        minutes = (time.perf_counter() - started) / epoch * (epochs - epoch + epochs * num_more) / 60
+        say(f"seed {seed}, epoch {epoch}/{epochs}: validation error {error}, at most {minutes:.1f} min left")
+
+    return tell
 
 
 def _solve(model: nn.Module, maps: Sequence[LayerMap], batches: Iterable[Tensor]) -> list[Fit]:
@@ -335,7 +338,7 @@ def _create(label: str, map: LayerMap, seed: int, device: torch.device) -> nn.Mo
         return OPERATORS[label](*map.channels, map.has_bias).to(device).to(memory_format=torch.channels_last)
 
 
-def _record(fit: Fit, errors: Errors, condition: Mapping[str, Any]) -> Record:
+def _record(fit: Fit, errors: Errors, condition: Mapping[str, Any], seen: bool) -> Record:
     assert fit.validation is not None
     in_channels, out_channels = fit.map.channels
     layer = fit.map.layer
@@ -353,5 +356,6 @@ def _record(fit: Fit, errors: Errors, condition: Mapping[str, Any]) -> Record:
         "best_epoch": fit.best_epoch,
         "num_epochs": fit.num_epochs,
         "target_variance": errors.variance,
+        "reference_trained_on_data": seen,
     }
     return create_record("approximation", "study", fit.label, condition=condition, values=values)

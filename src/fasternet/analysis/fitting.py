@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -131,6 +131,7 @@ def fit_operators(
     lr: float,
     track: Track,
     description: str,
+    tell: Callable[[int, Sequence[Fit]], object] = lambda epoch, fits: None,
 ) -> None:
     """Train operators at once, each until it stops; at the end each has its best weights.
 
@@ -146,6 +147,7 @@ def fit_operators(
         lr: Peak of Adam's learning rate.
         track: Shows progress.
         description: What it shows.
+        tell: Takes the number of each epoch that has ended, and the operators.
 
     Raises:
         ValueError: The loss of an operator was never finite.
@@ -164,6 +166,7 @@ def fit_operators(
             schedule.step()
         for fit, errors in evaluate(model, active, validation).items():
             fit.note(epoch, errors)
+        tell(epoch, fits)
         active = [fit for fit in active if epoch - fit.best_epoch < patience]
         if not active:
             break

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fasternet.analysis.reference import Reference, capture, find_stage, load_pictures
+from fasternet.analysis.reference import Reference, capture, find_stage, hash_pictures, load_pictures
 from fasternet.environment import create_record
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.ops import PConv2d, count_partial_channels
@@ -91,6 +91,8 @@ def measure_redundancy(
         "data": data,
         "input_size": size,
         "num_images": len(pictures),
+        "pictures_hash": hash_pictures(pictures),
+        "picture": picture.name if picture else None,
     }
     names = list(dict.fromkeys(layers)) if layers else find_blocks(reference.model, size)
     done = {record.subject for record in known if record.suite == "redundancy" and record.condition == condition}
@@ -245,7 +247,7 @@ def _gather_moments(
     return moments
 
 
-def _take(maps: Mapping[str, tuple[Tensor, Tensor]], name: str) -> Tensor:
+def _take(maps: Mapping[str, tuple[Any, Any]], name: str) -> Tensor:
     output = maps[name][1] if name in maps else None
     if not isinstance(output, Tensor) or output.dim() != 4:
         got = f"the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

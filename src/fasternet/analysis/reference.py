@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fasternet.data.images import load_image
+from fasternet.data.images import ImageError, load_image
+from fasternet.data.loaders import collate, obey_parent_alone, watch_errors
 from fasternet.data.transforms import Transform, create_transform
+from fasternet.environment import describe_machine
 from fasternet.models.checkpoint import Checkpoint, Preprocessing
 from fasternet.models.registry import create_model
 from fasternet.ops import PConv2d
@@ -39,7 +43,7 @@ class Reference:
     Attributes:
         model: The network, float32, in evaluation mode, without gradients.
         name: Its name: ``ResNet50``, ``resnet18``, ``fasternet_t0``.
-        weights: ``published``, ``trained here on <data>``, or the name of the checkpoint.
+        weights: ``published``, ``published (<tag>)``, ``trained here on <data>``, or the name of the checkpoint.
         preprocessing: How a picture becomes its input.
     """
 
@@ -48,10 +52,18 @@ class Reference:
     weights: str
     preprocessing: Preprocessing
 
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """Eight hexadecimal digits that tell networks of one name apart: of all names and values of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:8]
+
     @property
     def condition(self) -> dict[str, Any]:
         """What the records of a study say of it."""
-        return {"model": self.name, "weights": self.weights}
+        return {"model": self.name, "weights": self.weights, "weights_hash": self.weights_hash}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +99,7 @@ def load_reference(
         name: A FasterNet, a rival by the paper's name, or timm's name.
         checkpoint: A model or run folder; its network is taken, whatever ``name`` is.
         data: Where the published weights of ``name`` cannot be downloaded, a ``resnet18`` is trained on these pictures,
-            in folders of classes as ``fasternet train`` takes them.
+            in folders of classes as ``fasternet train`` takes them. None trains nothing.
         folder: Where that training has its run folder; one that was interrupted there goes on, one that ended is taken.
         hooks: Take sentences about which network it is, and the progress of that training.
 
@@ -98,16 +110,19 @@ def load_reference(
     """
     hooks = hooks or Hooks()
     if checkpoint is not None:
-        return _refer(load_network(checkpoint), checkpoint.resolve().name, hooks)
-    if folder is None or not (folder / "recipe.yaml").is_file():
-        hooks.say(f"looking for the published weights of {name}")
-        try:
-            return _refer(_load_published(name), "published", hooks)
-        except ConnectionError as error:
-            if data is None or folder is None:
-                raise ConnectionError(f"{error}, or name a trained network with --checkpoint") from None
-            hooks.say(f"{error}; a {TRAINED_NETWORK} is trained on {data} instead")
-    return _train(str(data), folder, hooks)
+        found = checkpoint.resolve()
+        is_part = found.name in ("best", "last")  # of a run folder
+        return _refer(load_network(checkpoint), f"{found.parent.name}/{found.name}" if is_part else found.name, hooks)
+    hooks.say(f"looking for the published weights of {name}")
+    try:
+        published = _load_published(name)
+    except ConnectionError as error:
+        if data is None or folder is None:
+            raise ConnectionError(f"{error}, or name a trained network with --checkpoint") from None
+        hooks.say(f"{error}; a {TRAINED_NETWORK} that is trained on {data} stands in, its run folder is {folder}")
+        return _train(data, folder, hooks)
+    tag = name.partition(".")[2]
+    return _refer(published, f"published ({tag})" if tag else "published", hooks)
 
 
 def _load_published(name: str) -> Checkpoint:
@@ -198,23 +213,30 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
 
 
 @contextlib.contextmanager
-def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Any, Any]]]:
     """Catch what enters and leaves modules inside the ``with`` block.
 
     Yields:
-        A dictionary, filled anew by each forward pass: module's path to (input, a copy of its output).
+        A dictionary, filled anew by each forward pass: module's path to (first input, a copy of its output). What is
+        no tensor, such as the pair that an attention returns, stands there as it is.
 
     Raises:
         ValueError: The network has no such module.
     """
-    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    maps: dict[str, tuple[Any, Any]] = {}
 
-    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, args, output: maps.update(
-            {name: (args[0], output.clone())}
-        )  # an activation behind may write in place
+    def catch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = next(iter((*args, *kwargs.values())), None)
+            # An activation behind may write in place.
+            maps[name] = (x, output.clone() if isinstance(output, Tensor) else output)
 
-    hooks = [module.register_forward_hook(catch(name)) for name, module in find_modules(model, names).items()]
+        return note
+
+    hooks = [
+        module.register_forward_hook(catch(name), with_kwargs=True)
+        for name, module in find_modules(model, names).items()
+    ]
     try:
         yield maps
     finally:
@@ -222,15 +244,33 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[
             hook.remove()
 
 
-class _Pictures(Dataset[Tensor]):
+class _Pictures(Dataset[Any]):
+    """Returns errors as values, as ``watch_errors`` takes them: PyTorch would put a worker's traceback into them."""
+
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self._paths, self._transform = paths, transform
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._transform(load_image(self._paths[index]))
+    def __getitem__(self, index: int) -> tuple[Tensor | None, list[ImageError]]:
+        try:
+            return self._transform(load_image(self._paths[index])), []
+        except ImageError as error:
+            return None, [error]
+
+
+class _Loader(DataLoader[Tensor]):
+    """Raises the first error of a picture."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return watch_errors(super().__iter__(), None)
+
+
+def hash_pictures(paths: Iterable[Path]) -> str:
+    """Return eight hexadecimal digits that tell drawn pictures apart: of their names with those of their folders."""
+    names = "\n".join("/".join(path.absolute().parts[-2:]) for path in paths)
+    return hashlib.sha256(names.encode()).hexdigest()[:8]
 
 
 def load_pictures(
@@ -247,18 +287,20 @@ def load_pictures(
         paths: Picture files; one that cannot be read raises ``ImageError`` when its batch comes.
         preprocessing: The network's; ``dataclasses.replace(..., input_size=S)`` for another size.
         batch_size: N.
-        num_workers: Processes that load pictures; 0 loads in this one.
+        num_workers: Processes that load pictures, at most one per processor core; 0 loads in this one.
         shuffle_seed: Decides the order, which differs from pass to pass; None keeps that of ``paths``.
 
     Returns:
         A loader of batches (N, 3, S, S), float32; the last one may be smaller.
     """
-    generator = torch.Generator().manual_seed(shuffle_seed or 0)
-    return DataLoader(
+    num_workers = min(num_workers, describe_machine().cores)
+    return _Loader(
         _Pictures(paths, create_transform(preprocessing, training=False)),
         batch_size=batch_size,
         shuffle=shuffle_seed is not None,
+        collate_fn=collate,
         num_workers=num_workers,
-        generator=generator,
+        generator=torch.Generator().manual_seed(shuffle_seed or 0),
         persistent_workers=num_workers > 0,
+        worker_init_fn=obey_parent_alone,
     )

@@ -49,13 +49,14 @@ def measure_salience(reference: Reference, *, input_size: int | None = None, see
     Args:
         reference: The network.
         input_size: S, which tells the stages apart; the network's own is the default.
-        seed: Of the resampling, and of the random filters that are the baseline.
+        seed: Of the resampling, and of the baseline.
 
     Yields:
         A record of kind ``study`` for each stage that has such filters, and one for ``all``. A layer whose output is
         finer than stride 4 (a stem) is ``stage 0``. The interval of the centre's share resamples filters as if each
-        were independent of the others in its layer. ``centre_share_random`` is that share for filters of the same
-        shapes drawn from a normal distribution; the expectation is 1/9.
+        were independent of the others in its layer. ``centre_share_random`` is that share for as many filters drawn
+        from a normal distribution, the mean of many draws; one draw lies between ``random_low`` and ``random_high`` in
+        95 %. No weights are drawn for it: by symmetry each position of such a filter is as often the salient one.
 
     Raises:
         ValueError: The network has no such filter.
@@ -64,20 +65,13 @@ def measure_salience(reference: Reference, *, input_size: int | None = None, see
     layers = [layer for layer in found if _is_counted(layer.module)]
     if not layers:
         raise ValueError(f"{reference.name} has no regular 3x3 convolution, whose filters salience is about")
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     norms = {layer.name: find_norms(layer.module.weight) for layer in layers}
-    drawn = {layer.name: find_norms(torch.randn(layer.module.weight.shape, generator=generator)) for layer in layers}
     stages = {f"stage {stage}": _list_names(layers, stage) for stage in sorted({layer.stage for layer in layers})}
     for subject, names in {**stages, "all": [layer.name for layer in layers]}.items():
         chosen = np.concatenate([norms[name] for name in names])
         if len(chosen):
-            random = _count(np.concatenate([drawn[name] for name in names]))
-            values = {
-                **_summarise(chosen, rng),
-                "centre_share_random": float(random[CENTRE] / random.sum()),
-                "layers": names,
-                "seed": seed,
-            }
+            values = {**_summarise(chosen, rng), "layers": names, "seed": seed}
             yield create_record("salience", "study", subject, condition=reference.condition, values=values)
 
 
@@ -110,20 +104,30 @@ def _count(norms: Array) -> npt.NDArray[np.int64]:
 
 def _summarise(norms: Array, rng: np.random.Generator) -> dict[str, Any]:
     counts, num_filters = _count(norms), len(norms)
-    share = counts[CENTRE] / num_filters
-    # How often the centre comes up when so many filters are drawn with replacement.
-    resampled = rng.binomial(num_filters, share, size=_NUM_RESAMPLES) / num_filters
-    low, high = np.quantile(resampled, _TAILS)
+    share, uniform = counts[CENTRE] / num_filters, 1 / KERNEL_SIZE**2
+    # How often the centre comes up when so many filters are drawn with replacement, and when all are random.
+    (low, high, _), (random_low, random_high, random_mean) = (
+        _spread(rng.binomial(num_filters, chance, size=_NUM_RESAMPLES) / num_filters) for chance in (share, uniform)
+    )
     return {
         "counts": counts.tolist(),
         "num_filters": num_filters,
         "kernel_size": KERNEL_SIZE,
         "centre_share": float(share),
-        "low": float(low),
-        "high": float(high),
-        "uniform_share": 1 / KERNEL_SIZE**2,
+        "low": low,
+        "high": high,
+        "uniform_share": uniform,
+        "centre_share_random": random_mean,
+        "random_low": random_low,
+        "random_high": random_high,
         "mean_norms": (norms / norms.mean(1, keepdims=True)).mean(0).tolist(),
     }
+
+
+def _spread(shares: Array) -> tuple[float, float, float]:
+    """Return the limits within which 95 % lie, and the mean."""
+    low, high = np.quantile(shares, _TAILS)
+    return float(low), float(high), float(shares.mean())
 
 
 def measure_receptive_field(

@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
+from fasternet.complexity import count_costs
+from fasternet.deploy import fold_batch_norm
 from fasternet.models.fasternet import VARIANTS as NETWORKS
 from fasternet.models.fasternet import FasterNet, FasterNetBlock, FasterNetConfig, Stage
 
@@ -123,7 +126,11 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         ),
         "LN": Variant("normalization", "LayerNorm over the channels in place of every BN", {"norm": "ln"}),
         "ReLU": Variant("activation", "ReLU in place of GELU", {"activation": "relu"}),
-        "last channels": Variant("position", "PConv convolves the last channels", {"position": "last"}),
+        "last channels": Variant(
+            "position",
+            "PConv convolves the last channels: the base up to the order of the channels, so a control of the noise",
+            {"position": "last"},
+        ),
         "rotating channels": Variant(
             "position", "block j of a stage convolves quarter j mod 4 of the channels", {"position": "rotate"}
         ),
@@ -134,7 +141,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         ),
         "BN and activation everywhere": Variant(
             "norm and activation",
-            "BN and activation after each of the block's three convolutions",
+            "BN and activation after each of the block's three convolutions; the BN behind PConv cannot be folded",
             change=_normalize_everywhere,
         ),
         "untouched removed": Variant(
@@ -216,10 +223,34 @@ def describe_variant(label: str, *, size: str = "small") -> str:
     """Say in words how a variant differs from the base, with the width that makes its multiply-adds equal."""
     choose_variants([label], size)
     variant, base, config = VARIANTS[label], SIZES[size].config, _configure(label, size)
+    if config.position == "rotate":
+        num_rotated = sum(block % 4 > 0 for depth in config.depths for block in range(depth))
+        return f"{variant.differs}: other than the first in {num_rotated} of {sum(config.depths)} blocks"
     if not variant.equal_macs:
         return variant.differs
     hidden = f" and hidden width {config.mlp_ratio:g} C" if config.mlp_ratio != base.mlp_ratio else ""
     return f"{variant.differs}, equal multiply-adds by width {config.width} (base {base.width}){hidden}"
+
+
+def summarize_variant(label: str, network: nn.Module, *, size: str) -> dict[str, Any]:
+    """Return what the records of a variant say of it: how it differs, its costs, and the BN that folding leaves.
+
+    Args:
+        label: One of ``VARIANTS``.
+        network: What ``create_variant`` made of it; it is not modified.
+        size: One of ``SIZES``.
+    """
+    example = torch.zeros(1, 3, SIZES[size].input_size, SIZES[size].input_size)
+    costs = count_costs(network, tuple(example.shape))
+    with torch.no_grad():
+        folded = fold_batch_norm(network, example)
+    return {
+        "group": VARIANTS[label].group,
+        "differs": describe_variant(label, size=size),
+        "num_params": costs.num_params,
+        "macs": costs.macs,
+        "num_batch_norms_left": sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()),
+    }
 
 
 def _configure(label: str, size: str) -> FasterNetConfig:

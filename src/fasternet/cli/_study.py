@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,13 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fasternet.cli._common import note, print_json
+from fasternet.cli._common import note, print_json, track
 
 if TYPE_CHECKING:
     from fasternet.analysis.reference import Reference
     from fasternet.records import Record
 
-Model = Annotated[str, typer.Option(help="FasterNet, a rival's name, or one of timm's, with its published weights.")]
+RESNET50, RESNET18 = "resnet50.tv_in1k", "resnet18.tv_in1k"  # torchvision's, as in the paper
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="FasterNet, a rival's name, or one of timm's, with its published weights. [default: torchvision's "
+        "ResNet50, for salience its ResNet18; out of reach, a ResNet18 trained on --data]"
+    ),
+]
 Checkpoint = Annotated[Path | None, typer.Option(help="A trained network instead: a model folder or a run folder.")]
 Data = Annotated[str, typer.Option(help="Folder of pictures; with a folder per class a network can be trained on it.")]
 Output = Annotated[
@@ -50,22 +59,61 @@ def open_study(name: str, output: Path | None, *, resume: bool) -> Path:
     return folder
 
 
-def load_network(model: str, checkpoint: Path | None, data: str | None) -> Reference:
-    """Load the network of a study; where published weights are out of reach, one is trained on the pictures once."""
-    from fasternet.analysis.reference import TRAINED_NETWORK, load_reference
+def load_network(model: str | None, default: str, checkpoint: Path | None, data: str | None) -> Reference:
+    """Load the network of a study.
+
+    Args:
+        model: What was asked for; its weights are downloaded, or it fails.
+        default: What is taken where nothing was asked for; where its weights are out of reach, one is trained on the
+            pictures once, on the whole data set where they are a part of one.
+        checkpoint: A trained network, in place of both.
+        data: The pictures.
+    """
+    from fasternet.analysis.reference import load_reference
     from fasternet.cli._training import show_progress
     from fasternet.train.loop import Hooks
 
-    folder = None if data is None else Path("outputs", f"reference-{TRAINED_NETWORK}-{Path(data).resolve().name}")
+    own = None if model is not None or data is None else _find_data_set(data)
     with show_progress() as progress:
-        hooks = Hooks(progress=progress, say=note)
-        return load_reference(model, checkpoint=checkpoint, data=data, folder=folder, hooks=hooks)
+        return load_reference(
+            model or default,
+            checkpoint=checkpoint,
+            data=None if own is None else str(own),
+            folder=None if own is None else _name_run(own),
+            hooks=Hooks(progress=progress, say=note),
+        )
+
+
+def _name_run(data: Path) -> Path:
+    """Return the run folder of the network that is trained on a data set: one for each path."""
+    from fasternet.analysis.reference import TRAINED_NETWORK
+
+    key = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:6]
+    return Path("outputs", f"reference-{TRAINED_NETWORK}-{data.resolve().name}-{key}")
+
+
+def _find_data_set(data: str) -> Path:
+    return Path(data).resolve().parent if _is_part(data) else Path(data)
+
+
+def _is_part(data: str) -> bool:
+    return Path(data).resolve().name in ("train", "val", "test")
 
 
 def name_data(data: str) -> str:
     """Return the name of a folder of pictures; of a part of a data set, with the set's."""
     folder = Path(data).resolve()
-    return f"{folder.parent.name}/{folder.name}" if folder.name in ("train", "val", "test") else folder.name
+    return f"{folder.parent.name}/{folder.name}" if _is_part(data) else folder.name
+
+
+def check_folder(data: str) -> None:
+    """Look whether there are pictures to take.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"--data must be a folder of pictures, and there is none at {data}")
 
 
 def draw_pictures(data: str, num_images: int) -> list[Path]:
@@ -78,8 +126,21 @@ def draw_pictures(data: str, num_images: int) -> list[Path]:
 
     from fasternet.data.images import find_images
 
+    check_folder(data)
     paths = find_images([Path(data)])
     return sorted(random.Random(0).sample(paths, min(num_images, len(paths))))
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Read every picture once, before hours of work depend on them.
+
+    Raises:
+        ImageError: One cannot be read; it is the first such one.
+    """
+    from fasternet.data.images import load_image
+
+    for path in track(paths, len(paths), "checking pictures"):
+        load_image(path)
 
 
 def run_study(
@@ -90,8 +151,11 @@ def run_study(
     Args:
         folder: Of the study.
         items: What the page shows, by the names of ``report.page.ITEMS``.
-        measure: Takes the records that are there already, and yields new ones.
+        measure: Takes the records that are there already, loads the network, and yields new records.
         as_json: Print the records in place of the tables.
+
+    Raises:
+        InterruptedError: The study was interrupted; the message says how to go on.
     """
     from fasternet.benchmark.results import save_results
     from fasternet.records import load_records
@@ -103,10 +167,9 @@ def run_study(
         for _ in save_results(log, measure(known)):
             pass
     except KeyboardInterrupt:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        given = [] if {"-o", "--output"} & set(words) else ["--output", str(folder)]
-        line = shlex.join(["fasternet", *words, *given, "--resume"])
-        raise InterruptedError(f"stopped; go on with: {line}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        log.touch()  # before the first record too, there is a study to go on with
+        raise InterruptedError(f"stopped; go on with: {_find_way_on(sys.argv[1:], folder)}") from None
     page = create_report([log], folder / "report.html", items=items)
     if as_json:
         print_json([dataclasses.asdict(record) for record in load_records(log)])
@@ -115,3 +178,11 @@ def run_study(
     for item in items:
         print(render_item(item, [log]))
     print(page)
+
+
+def _find_way_on(words: Sequence[str], folder: Path) -> str:
+    """Return the command line that goes on with a study; ``reproduce`` does so by itself."""
+    if words[:1] == ["study"]:
+        given = [] if {"-o", "--output"} & set(words) else ["--output", str(folder)]
+        words = [*(word for word in words if word != "--resume"), *given, "--resume"]
+    return shlex.join(["fasternet", *words])

@@ -12,6 +12,8 @@ import typer
 from fasternet.cli._common import note, shorten_spinning, track
 from fasternet.cli._measured import split
 from fasternet.cli._study import (
+    RESNET18,
+    RESNET50,
     Checkpoint,
     Data,
     InputSize,
@@ -21,6 +23,8 @@ from fasternet.cli._study import (
     Output,
     Resume,
     Seeds,
+    check_folder,
+    check_pictures,
     draw_pictures,
     load_network,
     name_data,
@@ -40,7 +44,7 @@ OptionalData = Annotated[str | None, typer.Option("--data", help="Folder of pict
 @study.command("approximation")
 def approximation(
     data: Data,
-    model: Model = "resnet50.tv_in1k",
+    model: Model = None,
     checkpoint: Checkpoint = None,
     layers: Layers = None,
     operators: Annotated[str | None, typer.Option(help="Separated by commas. [default: all]")] = None,
@@ -48,7 +52,7 @@ def approximation(
     normalize: Annotated[str, typer.Option(help="Of the maps: none, layer (one scale) or channel.")] = "layer",
     seeds: Seeds = 3,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most. [default: the study's]")] = None,
-    num_images: NumImages = 4000,
+    num_images: NumImages = 3000,
     input_size: InputSize = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
     output: Output = None,
@@ -62,19 +66,20 @@ def approximation(
     Example: fasternet study approximation --data flowers --seeds 3
     """
     shorten_spinning()
-    from fasternet.analysis.approximation import measure_approximation
+    from fasternet.analysis.approximation import check_options, measure_approximation
 
-    folder = open_study("approximation", output, resume=resume)
+    folder, names = open_study("approximation", output, resume=resume), _split_layers(layers)
     pictures = draw_pictures(data, num_images)
-    reference = load_network(model, checkpoint, data)
+    check_options(len(pictures), split(operators), target=target, normalize=normalize)
+    check_pictures(pictures)
     options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
 
     def measure(known: list[Record]) -> Iterator[Record]:
         return measure_approximation(
-            reference,
+            load_network(model, RESNET50, checkpoint, data),
             pictures,
             data=name_data(data),
-            layers=split(layers),
+            layers=names,
             operators=split(operators),
             target=target,  # type: ignore[arg-type]
             normalize=normalize,  # type: ignore[arg-type]
@@ -93,7 +98,7 @@ def approximation(
 @study.command("redundancy")
 def redundancy(
     picture: Annotated[Path, typer.Argument(help="The picture whose maps are drawn.")],
-    model: Model = "resnet50.tv_in1k",
+    model: Model = None,
     checkpoint: Checkpoint = None,
     layers: Layers = None,
     data: OptionalData = None,
@@ -111,17 +116,17 @@ def redundancy(
     shorten_spinning()
     from fasternet.analysis.redundancy import measure_redundancy
 
-    folder = open_study("redundancy", output, resume=resume)
+    folder, names = open_study("redundancy", output, resume=resume), _split_layers(layers)
     pictures = [picture] if data is None else draw_pictures(data, num_images)
-    reference = load_network(model, checkpoint, data)
+    check_pictures([picture])
 
     def measure(known: list[Record]) -> Iterator[Record]:
         return measure_redundancy(
-            reference,
+            load_network(model, RESNET50, checkpoint, data),
             pictures,
             folder,
             data=picture.name if data is None else name_data(data),
-            layers=split(layers),
+            layers=names,
             picture=picture,
             input_size=input_size,
             num_workers=workers,
@@ -134,7 +139,7 @@ def redundancy(
 
 @study.command("salience")
 def salience(
-    model: Model = "resnet18.tv_in1k",
+    model: Model = None,
     checkpoint: Checkpoint = None,
     data: OptionalData = None,
     output: Output = None,
@@ -149,9 +154,11 @@ def salience(
     from fasternet.analysis.salience import measure_receptive_field, measure_salience
 
     folder = open_study("salience", output, resume=resume)
-    reference = load_network(model, checkpoint, data)
+    if data is not None:
+        check_folder(data)
 
     def measure(known: list[Record]) -> Iterator[Record]:
+        reference = load_network(model, RESNET18, checkpoint, data)
         done = [(record.suite, record.subject, record.condition) for record in known]
         for record in itertools.chain(measure_salience(reference), measure_receptive_field()):
             if (record.suite, record.subject, record.condition) not in done:
@@ -168,7 +175,9 @@ def ablation(
     seeds: Seeds = 3,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each run. [default: by the size]")] = None,
     num_train: Annotated[int | None, typer.Option(min=1, help="Training pictures. [default: by the size]")] = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure the latencies too.")] = True,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Measure the latencies too, also of full.")
+    ] = True,
     output: Output = None,
     resume: Resume = False,
     json: Json = False,
@@ -178,16 +187,27 @@ def ablation(
     Example: fasternet study ablation --data cifar10 --seeds 3
     """
     shorten_spinning()
-    from fasternet.analysis.ablation import measure_ablation, measure_ablation_latency
+    from fasternet.analysis.ablation import measure_ablation
+    from fasternet.analysis.ablation_latency import measure_ablation_latency
+    from fasternet.data.datasets import create_datasets
 
     folder = open_study("ablation", output, resume=resume)
-    shared: dict[str, Any] = {"size": size, "variants": split(variants), "track": track}
+    num_classes = len(create_datasets(data).class_names)
+    shared: dict[str, Any] = {"variants": split(variants), "track": track}
+    training: dict[str, Any] = {"size": size, "epochs": epochs, "num_train": num_train, "seeds": range(seeds)}
 
     def measure(known: list[Record]) -> Iterator[Record]:
-        yield from measure_ablation(
-            data, seeds=range(seeds), epochs=epochs, num_train=num_train, known=known, say=note, **shared
-        )
-        if latency:
-            yield from measure_ablation_latency(known=known, **shared)
+        yield from measure_ablation(data, data=name_data(data), known=known, say=note, **training, **shared)
+        # Latencies need no training: those of T0 say more, and come along.
+        for timed in dict.fromkeys((size, "full")) if latency else ():
+            note(f"latencies at size {timed}")
+            yield from measure_ablation_latency(size=timed, num_classes=num_classes, known=known, **shared)
 
     run_study(folder, ["ablation"], measure, as_json=json)
+
+
+def _split_layers(layers: str | None) -> list[str] | None:
+    names = split(layers)
+    if names is not None and not all(names):
+        raise ValueError(f"--layer must be names of modules, separated by commas, got {layers!r}")
+    return names

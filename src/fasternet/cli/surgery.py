@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasternet.cli._common import note, print_json, shorten_spinning
+from fasternet.cli._common import note, print_json, shorten_spinning, track
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +43,9 @@ def surgery(
         str | None, typer.Option(help="Folder of pictures: approximate on their maps, not on the weights alone.")
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of --data that are used, drawn by lot.")] = 256,
-    num_classes: Annotated[int, typer.Option(min=1, help="Of a network without weights.")] = 1000,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Of a network without weights. [default: 1000]")
+    ] = None,
     input_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the pictures. [default: the network's own]")
     ] = None,
@@ -67,14 +70,16 @@ def surgery(
     from fasternet.cli._study import name_data
     from fasternet.models.surgery import replace_convs
 
-    if output is not None and output.exists() and any(output.iterdir()):
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already; choose another output")
+    if num_classes is not None and (checkpoint is not None or pretrained or ".py:" in name):
+        raise ValueError(f"num_classes={num_classes} is for a network without weights: {name} brings its classes")
     if own := re.fullmatch(r"(.+\.py):(\w+)", name):
         if checkpoint is not None or pretrained or output is not None or data is not None:
             raise ValueError(f"{name} comes as it is: use replace_convs in Python for weights, pictures and saving")
         original = _run_file(Path(own[1]), own[2])
     else:
-        original = _load(name, checkpoint, pretrained, num_classes)
+        original = _load(name, checkpoint, pretrained, num_classes or 1000)
     size = input_size or original.preprocessing.input_size
     preprocessing = dataclasses.replace(original.preprocessing, input_size=size)
     shape = (1, input_channels if own else 3, size, size)
@@ -89,10 +94,13 @@ def surgery(
         measure=latency,
         threads=threads,
         prepare=lambda network: _fold(network, shape),
+        track=track,
     )
     weights = "published" if pretrained else checkpoint.resolve().name if checkpoint else "random"
-    source = None if data is None else name_data(data)
-    record = create_surgery_record(original.name, weights, source, size, threads, report)
+    condition = {"model": original.name, "weights": weights, "init": init, "input_size": size, "threads": threads}
+    if data is not None and images is not None:
+        condition |= {"data": name_data(data), "num_images": len(images)}
+    record = create_surgery_record(condition, report)
     if out is not None:
         from fasternet.benchmark.results import save_results
 
@@ -143,10 +151,14 @@ def _run_file(path: Path, function: str) -> Checkpoint:
 
     if not path.is_file():
         raise FileNotFoundError(f"no Python file at {path}")
-    found = runpy.run_path(str(path))
-    if not callable(found.get(function)):
+    try:
+        create = runpy.run_path(str(path)).get(function)
+        model = create() if callable(create) else None
+    except Exception as error:  # whatever a user's file may raise
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{function} of {path} made no network: {cause}") from None
+    if not callable(create):
         raise ValueError(f"{path} has no function {function}")
-    model = found[function]()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{function} of {path} must return a torch.nn.Module, not {type(model).__name__}")
     return Checkpoint(name=type(model).__name__, model=model.eval(), class_names=None, preprocessing=Preprocessing())
@@ -170,32 +182,36 @@ def _fold(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     return fold_batch_norm(network, torch.zeros(shape))
 
 
-def create_surgery_record(
-    name: str, weights: str, data: str | None, size: int, threads: int, report: SurgeryReport
-) -> Record:
-    """Return the record of an operation."""
+def create_surgery_record(condition: Mapping[str, Any], report: SurgeryReport) -> Record:
+    """Return the record of an operation.
+
+    Args:
+        condition: ``model``, ``weights``, ``init``, ``input_size`` and ``threads``; of pictures ``data`` and
+            ``num_images``.
+        report: Of ``replace_convs``; its options complete the condition.
+    """
     import dataclasses
 
     from fasternet.environment import create_record
 
-    options = dict(report.options)
-    condition = {"model": name, "weights": weights, "data": data, "operator": options.pop("kind"), **options}
-    condition |= {"input_size": size, "batch_size": 1, "threads": threads}
-    condition.pop("input_shape", None)
-    values = {key: value for key, value in dataclasses.asdict(report).items() if key != "options"}
-    return create_record("surgery", "study", name, condition=condition, values=values)
+    values = dataclasses.asdict(report)
+    options = values.pop("options")
+    options = {"operator": options.pop("kind"), **options, "batch_size": options.pop("input_shape")[0]}
+    return create_record("surgery", "study", condition["model"], condition={**condition, **options}, values=values)
 
 
 def _save(folder: Path, original: Checkpoint, model: nn.Module, report: SurgeryReport) -> None:
     from fasternet.rivals import save_network
 
     model.num_classes = original.num_classes  # type: ignore[assignment]
-    built = {key: value for key, value in report.options.items() if key != "init"}
-    model.build_options = {**getattr(original.model, "build_options", {}), "surgery": built}  # type: ignore[assignment]
+    options: Mapping[str, Any] = getattr(original.model, "build_options", {})
+    operations = [*options.get("surgery", ()), dict(report.options)]
+    model.build_options = {**options, "surgery": operations}  # type: ignore[assignment]
     save_network(
         folder,
         model,
         name=original.name,
         class_names=original.class_names,
         preprocessing=original.preprocessing,
+        facts={name: original.facts[name] for name in ("license", "data", "recipe") if name in original.facts},
     )

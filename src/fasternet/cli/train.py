@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fasternet.cli._common import is_main_process, shorten_spinning
+from fasternet.cli._common import is_main_process, note, shorten_spinning
 from fasternet.cli._training import choose_output, list_changes, list_options, run_training
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def _choose_recipe(
     name: str | None, changes: list[str], model: str, data: str, run: Path | None, from_weights: bool
 ) -> Recipe:
     """Return the recipe of the run to resume or, unless one is named, the one that suits the data; then change it."""
+    import dataclasses
+
+    from fasternet.rivals import is_fasternet
     from fasternet.train.recipe import Recipe, load_recipe, parse_overrides
     from fasternet.train.recipes import find_recipe
 
@@ -90,6 +93,11 @@ def _choose_recipe(
     else:
         by_data = "digits" if data == "digits" else "finetune" if from_weights else "small"
         recipe = find_recipe(name or by_data, model)
+    is_changed = any(change.startswith("layer_decay=") for change in changes)
+    if recipe.layer_decay is not None and not is_changed and not is_fasternet(model):
+        if is_main_process():
+            note(f"recipe field layer_decay={recipe.layer_decay} is for FasterNet: {model} takes none")
+        recipe = dataclasses.replace(recipe, layer_decay=None)
     return parse_overrides(recipe, changes)
 
 

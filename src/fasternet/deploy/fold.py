@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasternet.models.reads import count_reads
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -60,32 +60,10 @@ def _observe_pairs(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, n
 
     watched = [module for module in model.modules() if isinstance(module, _FOLDABLE + _NORMS)]
     hooks = [module.register_forward_hook(observe, with_kwargs=True) for module in watched]
-    with torch.no_grad(), _CountReads() as counter:
-        returned = model(example)
+    reads = count_reads(model, example)
     for hook in hooks:
         hook.remove()
-    kept = {id(value) for value in torch.utils._pytree.tree_leaves(returned)}
-    return [
-        (layer, norm)
-        for layer, norm, tensor in pairs
-        if counter.reads[tensor] == 1 and calls[layer] == calls[norm] == 1 and tensor not in kept
-    ]
-
-
-class _CountReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts how many operators read each tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reads: Counter[int] = Counter()
-        self._alive: list[Any] = []  # ids must not be used again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self.reads[id(value)] += 1
-                self._alive.append(value)
-        return func(*args, **(kwargs or {}))
+    return [(layer, norm) for layer, norm, tensor in pairs if reads[tensor] == 1 and calls[layer] == calls[norm] == 1]
 
 
 def _rest_of(norm: nn.Module) -> nn.Module:

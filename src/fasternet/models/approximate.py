@@ -10,8 +10,9 @@ is what the convolution made. All moments are means over positions.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from fasternet.ops import PConvPWConv
 # lowers the error on 200 others from 0.195 to 0.105 in layer4.0.conv2, where a picture has four positions, and changes
 # that in layer1.0.conv2 (0.179) and layer2.1.conv1 (0.089) by less than 0.001; 1e-1 costs those 0.009 and 0.004.
 WHITE_SHARE = 1e-2
+_DEAD = 1e-30  # the same of maps that are zero everywhere
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Moments:
     """Second moments of what a convolution reads and makes, in float64.
 
@@ -35,14 +37,16 @@ class Moments:
         inputs: E z z^T, (D, D); None is the identity, which is that of white noise.
         cross: E y z^T, (O, D).
         power: E |y|^2.
+        num_positions: Positions that were seen; None for white noise.
     """
 
     inputs: Tensor | None
     cross: Tensor
     power: float
+    num_positions: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Approximation:
     """The replacement's weights.
 
@@ -92,16 +96,15 @@ def measure_moments(
     """
     sums: dict[str, list[Any]] = {name: [0.0, 0.0, 0.0, 0] for name in partial_channels}
 
-    def observe(name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> None:
+    def observe(name: str, conv: nn.Conv2d, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
         z = _find_regressors(conv, x.double(), partial_channels[name])  # (D, N * H * W)
         y = y.double().flatten(2).transpose(0, 1).flatten(1)  # (O, N * H * W)
         for i, term in enumerate((z @ z.T, y @ z.T, float(y.square().sum()), y.shape[1])):
             sums[name][i] += term
 
     hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda conv, args, y, name=name: observe(name, conv, args[0], y)
-        )
+        model.get_submodule(name).register_forward_hook(functools.partial(observe, name), with_kwargs=True)
         for name in partial_channels
     ]
     try:
@@ -114,7 +117,7 @@ def measure_moments(
     for name, (inputs, _, power, _) in sums.items():
         if not (torch.isfinite(inputs).all() and power < float("inf")):
             raise ValueError(f"the pictures give maps at {name} that are not finite")
-    return {name: Moments(a / num, b / num, power / num) for name, (a, b, power, num) in sums.items()}
+    return {name: Moments(a / num, b / num, power / num, num) for name, (a, b, power, num) in sums.items()}
 
 
 def _find_regressors(conv: nn.Conv2d, x: Tensor, partial_channels: int) -> Tensor:
@@ -128,7 +131,9 @@ def _find_regressors(conv: nn.Conv2d, x: Tensor, partial_channels: int) -> Tenso
     return z.transpose(0, 1).flatten(1)
 
 
-def approximate_conv(conv: nn.Conv2d, partial_channels: int, moments: Moments | None = None) -> Approximation:
+def approximate_conv(
+    conv: nn.Conv2d, partial_channels: int, moments: Moments | None = None, held_out: Moments | None = None
+) -> Approximation:
     """Find the PConv and PWConv that come closest to a convolution.
 
     Minimises E |y - U K a - W b|^2 over U (O, Cp), K (Cp, k k Cp) and W, where a is the patch of the convolved channels
@@ -139,9 +144,10 @@ def approximate_conv(conv: nn.Conv2d, partial_channels: int, moments: Moments | 
         conv: The convolution, regular or depthwise.
         partial_channels: Cp; the first ones.
         moments: Of ``measure_moments``; None takes white noise: closeness of the weights.
+        held_out: Of other pictures, for the error: on those that were fitted it is too small.
 
     Returns:
-        Weights and the error, on the maps, or without them on the weights.
+        Weights and the error: on the maps of ``held_out``, else of ``moments``, else on the weights.
     """
     white = find_filter_moments(conv, partial_channels)
     k, num_rest = conv.kernel_size[0], conv.in_channels - partial_channels
@@ -152,7 +158,7 @@ def approximate_conv(conv: nn.Conv2d, partial_channels: int, moments: Moments | 
         pconv=filters.reshape(-1, partial_channels, k, k),
         pwconv=torch.cat([u, unused, w[:, :num_rest]], dim=1),
         bias=None if conv.bias is None else w[:, num_rest],
-        error=_find_error(moments or white, torch.cat([u @ filters, w], dim=1)),
+        error=_find_error(held_out or moments or white, torch.cat([u @ filters, w], dim=1)),
     )
 
 
@@ -187,16 +193,19 @@ def _regress(moments: Moments, rank: int, split: int, size: int) -> tuple[Tensor
     return u, filters, torch.linalg.solve(s_bb, (s_yb - u @ filters @ s_ab).T).T
 
 
-def approximate_conv_alone(conv: nn.Conv2d, partial_channels: int, moments: Moments | None = None) -> Approximation:
+def approximate_conv_alone(
+    conv: nn.Conv2d, partial_channels: int, moments: Moments | None = None, held_out: Moments | None = None
+) -> Approximation:
     """Find the PConv without PWConv that comes closest: its rest passes through, so only its part can be fitted.
 
     Args:
         conv: A convolution with as many outputs as inputs, stride 1 and no bias.
         partial_channels: Cp; the first ones.
         moments: As in ``approximate_conv``.
+        held_out: Likewise.
 
     Returns:
-        Filters and the error over all channels, on the maps, or without them on the weights.
+        Filters and the error over all channels, measured as in ``approximate_conv``.
     """
     white = find_filter_moments(conv, partial_channels)
     fitted, k = _blend(moments, white), conv.kernel_size[0]
@@ -206,16 +215,19 @@ def approximate_conv_alone(conv: nn.Conv2d, partial_channels: int, moments: Mome
         filters = torch.linalg.solve(fitted.inputs[:split, :split], filters.T).T
     passed = torch.eye(conv.in_channels - partial_channels).to(filters)
     whole = torch.block_diag(filters, passed)  # type: ignore[no-untyped-call]  # (C, D - 1)
-    return Approximation(filters.reshape(-1, partial_channels, k, k), None, None, _find_error(moments or white, whole))
+    return Approximation(
+        filters.reshape(-1, partial_channels, k, k), None, None, _find_error(held_out or moments or white, whole)
+    )
 
 
 def _blend(moments: Moments | None, white: Moments) -> Moments:
-    """Add a little white noise to the moments of maps; without maps there is nothing else."""
+    """Add a little white noise to the moments of maps, none to the constant; without maps there is nothing else."""
     if moments is None or moments.inputs is None:
         return white
-    share = WHITE_SHARE * float(moments.inputs.diagonal().mean())
-    inputs = moments.inputs + share * torch.eye(len(moments.inputs)).to(moments.inputs)
-    return Moments(inputs, moments.cross + share * white.cross, moments.power + share * white.power)
+    power = moments.inputs.diagonal()[:-1]
+    share = (WHITE_SHARE * power.mean()).clamp(min=_DEAD)
+    noise = torch.cat([share.expand(len(power)), share.new_zeros(1)])  # (D)
+    return dataclasses.replace(moments, inputs=moments.inputs + noise.diag(), cross=moments.cross + white.cross * noise)
 
 
 def _find_error(moments: Moments, weight: Tensor) -> float:

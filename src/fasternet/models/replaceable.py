@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasternet.complexity import Costs
+from fasternet.models.reads import count_reads
 from fasternet.models.surgery_report import Skipped
 
-Select = Literal["regular", "depthwise", "all"] | str | Callable[[str, nn.Conv2d], bool]
+Select = Literal["regular", "depthwise", "all"] | str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Kind = Literal["pconv", "pconv_alone"]
 
 _PASSING = (  # what may stand between a PConv without PWConv and the pointwise convolution after it
@@ -30,16 +30,20 @@ def find_selector(select: Select) -> Callable[[str, nn.Conv2d], bool]:
     """Return ``select`` of ``replace_convs`` as a function of name and convolution.
 
     Raises:
-        ValueError: ``select`` is not a regular expression.
+        ValueError: ``select`` is none of what it can be.
     """
     if callable(select):
         return select
+    allowed = "regular, depthwise, all, a regular expression, names, or a function of name and convolution"
+    if not isinstance(select, str):
+        if not isinstance(select, Collection) or not all(isinstance(name, str) for name in select):
+            raise ValueError(f"select {select!r} is not {allowed}")
+        return lambda name, conv: name in select
     if select in ("regular", "depthwise", "all"):
         return lambda name, conv: select == "all" or (conv.groups == 1) == (select == "regular")
     try:
         pattern = re.compile(select)
     except re.error as error:
-        allowed = "regular, depthwise, all or a regular expression"
         raise ValueError(f"select {select!r} is not {allowed}: {error}") from error
     return lambda name, conv: pattern.fullmatch(name) is not None
 
@@ -57,7 +61,7 @@ def choose(
 
     Args:
         model: The network.
-        select: What the caller asked for, for the message.
+        select: What the caller asked for.
         wants: Of ``find_selector``.
         kind: "pconv_alone" takes fewer.
         partial_ratio: Layers with too few channels for it are left.
@@ -70,7 +74,9 @@ def choose(
     Raises:
         ValueError: There is none, or ``select`` matches none.
     """
-    run = {row.name for row in costs.rows}
+    if isinstance(model, _ConvNd):
+        raise ValueError(f"model itself is the convolution, a {type(model).__name__}: put it into an nn.Sequential")
+    run = {row.name: row.input_shape for row in costs.rows}
     convs = {name: m for name, m in model.named_modules() if name and isinstance(m, _ConvNd) and max(m.kernel_size) > 1}
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     followed = _find_followed(model, input_shape) if kind == "pconv_alone" else set()
@@ -85,12 +91,16 @@ def choose(
                 chosen.append(name)
                 continue
         skipped.append(Skipped(name, reason or "not selected"))
+    if not isinstance(select, str) and not callable(select) and (unknown := [n for n in select if n not in convs]):
+        raise ValueError(f"select names what is no k x k convolution of model: {', '.join(unknown)}")
     if not candidates:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:8]) or "it has no k x k convolution"
         raise ValueError(f"nothing in model can be replaced by kind {kind!r} ({reasons})")
     if not chosen:
+        asked = [s for s in skipped if s.name not in candidates and wants(s.name, cast(nn.Conv2d, convs[s.name]))]
+        why = f"; it matches {', '.join(f'{s.name} ({s.reason})' for s in asked[:8])}" if asked else ""
         names = ", ".join(candidates)
-        raise ValueError(f"select {select!r} matches none of the convolutions that can be replaced: {names}")
+        raise ValueError(f"select {select!r} matches none of the convolutions that can be replaced: {names}{why}")
     return chosen, tuple(skipped)
 
 
@@ -120,10 +130,12 @@ def _find_obstacle(conv: _ConvNd, partial_ratio: float) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-def _find_use(name: str, conv: _ConvNd, run: Collection[str], owners: Mapping[int, int]) -> str | None:
+def _find_use(name: str, conv: _ConvNd, run: Mapping[str, tuple[int, ...]], owners: Mapping[int, int]) -> str | None:
     """Say what of the way a network uses a convolution keeps it from being replaced."""
     if name not in run:
         return "its forward is never called: the network does not use it, or uses its weight alone"
+    if len(run[name]) != 4:
+        return f"its input, {run[name]}, has no batch"
     if owners[id(conv.weight)] > 1:
         return "another module has the same weight"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
@@ -143,7 +155,6 @@ def _find_obstacle_alone(name: str, conv: _ConvNd, followed: Collection[str]) ->
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-@torch.no_grad()
 def _find_followed(model: nn.Module, input_shape: Sequence[int]) -> set[str]:
     """Return the convolutions whose output only BN and activations read, and behind them a pointwise convolution.
 
@@ -154,22 +165,22 @@ def _find_followed(model: nn.Module, input_shape: Sequence[int]) -> set[str]:
     readers: dict[int, list[tuple[nn.Module, Tensor]]] = {}  # by the tensor's id; its readers and what they made
     made: list[tuple[nn.Module, Tensor]] = []
 
-    def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            readers.setdefault(id(args[0]), []).append((module, output))
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and isinstance(output, Tensor):
+            readers.setdefault(id(x), []).append((module, output))
             made.append((module, output))
 
     for module in names:
         if isinstance(module, (*_PASSING, nn.Conv2d)):
-            module.register_forward_hook(observe)
+            module.register_forward_hook(observe, with_kwargs=True)
     parameter = next(model.parameters())
     x = torch.zeros(tuple(input_shape), dtype=parameter.dtype, device=parameter.device)
-    with _CountReads() as counter:
-        model(x)
+    reads = count_reads(model, x)
 
     def leads_to_pointwise(tensor: Tensor) -> bool:
         *changing, last = readers.get(id(tensor), [(nn.Identity(), tensor)])
-        if counter.reads[id(tensor)] != len(changing) + 1:
+        if reads[id(tensor)] != len(changing) + 1:
             return False
         if not all(isinstance(module, _PASSING) and output is tensor for module, output in changing):
             return False
@@ -180,19 +191,3 @@ def _find_followed(model: nn.Module, input_shape: Sequence[int]) -> set[str]:
 
     convs = {name: [t for module, t in made if names[module] == name] for name in {names[module] for module, _ in made}}
     return {name for name, tensors in convs.items() if all(map(leads_to_pointwise, tensors))}
-
-
-class _CountReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts how many operators read each tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reads: Counter[int] = Counter()
-        self._alive: list[Any] = []  # ids must not be used again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self.reads[id(value)] += 1
-                self._alive.append(value)
-        return func(*args, **(kwargs or {}))

@@ -22,9 +22,10 @@ class Replacement:
         stride: 1 or 2.
         macs_before: Multiply-adds of the convolution in the given network.
         macs_after: Multiply-adds of the replacement.
-        error: Of the closed form, a share of the output's variance: of the maps that were fitted, without pictures
-            of white noise; None with ``init="random"``. A PConv alone passes most channels on at another scale: it
-            may be far above 1 until the BN behind has adapted.
+        error: Of the closed form, a share of the output's variance: on pictures that were not fitted, without
+            pictures for white noise; None with ``init="random"`` and with too few pictures to hold some out. What
+            narrowing changed is not in it: the replacement is fitted to the narrowed network. A PConv alone passes most
+            channels on at another scale: it may be far above 1 until the BN behind has adapted.
     """
 
     name: str
@@ -88,6 +89,7 @@ class SurgeryReport:
         macs_before: Multiply-adds with ``input_shape``.
         macs_after: Likewise.
         latency: None without ``measure``.
+        notes: A sentence each: what the errors were measured on, what they leave out, how far ``match`` was missed.
         options: ``replace_convs(model, **options, init="random", measure=False)`` gives a network like the given one
             the same architecture; JSON-able.
     """
@@ -101,6 +103,7 @@ class SurgeryReport:
     macs_before: int
     macs_after: int
     latency: Latency | None
+    notes: tuple[str, ...]
     options: Mapping[str, Any]
 
     def __str__(self) -> str:
@@ -111,28 +114,33 @@ def _describe(report: SurgeryReport) -> Iterator[str]:
     """Yield the lines of a report for a terminal."""
     rows = [["layer", "in", "out", "kernel", "stride", "MMACs before", "after", "error"]]
     for r in report.replaced:
-        error = "-" if r.error is None else f"{r.error:.3f}"
+        error = "-" if r.error is None else f"{r.error:.3g}"
         sizes = [str(size) for size in (r.in_channels, r.out_channels, r.kernel_size, r.stride)]
-        rows.append([r.name, *sizes, f"{r.macs_before / 1e6:.1f}", f"{r.macs_after / 1e6:.1f}", error])
+        rows.append([r.name, *sizes, f"{r.macs_before / 1e6:.4g}", f"{r.macs_after / 1e6:.4g}", error])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(
             cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
     yield ""
-    yield f"parameters {_change(report.num_params_before, report.num_params_after, 1e6)} M"
-    yield f"multiply-adds {_change(report.macs_before, report.macs_after, 1e9)} G"
+    yield f"parameters {_change(report.num_params_before, report.num_params_after)}"
+    yield f"multiply-adds {_change(report.macs_before, report.macs_after)}"
     if late := report.latency:
         ratio = f"{late.ratio:.2f} times (95 % interval {late.low:.2f} to {late.high:.2f}): {late.verdict}"
-        yield f"latency {late.before_ms:.1f} -> {late.after_ms:.1f} ms, {ratio}; {late.engine}, threads: {late.threads}"
+        yield f"latency {late.before_ms:.3g} -> {late.after_ms:.3g} ms, {ratio}; {late.engine}, threads: {late.threads}"
         if late.unstable:
             yield "the samples spread widely: measure again on a quieter machine"
     for wide in report.widened:
-        yield f"width {wide.before} -> {wide.after}: {', '.join(wide.layers)}"
+        narrowed = ", narrowed" if wide.after < wide.before else ""
+        yield f"width {wide.before} -> {wide.after}{narrowed}: {', '.join(wide.layers)}"
     for verb, entries in (("not widened", report.not_widened), ("left", report.skipped)):
-        for entry in entries:
-            yield f"{verb}: {entry.name} ({entry.reason})"
+        for reason in dict.fromkeys(entry.reason for entry in entries):
+            yield f"{verb}: {', '.join(entry.name for entry in entries if entry.reason == reason)} ({reason})"
+    yield from report.notes
+    yield "accuracy: not the given network's before fine-tuning; a pass of pictures in training mode adapts BN"
 
 
-def _change(before: int, after: int, unit: float) -> str:
-    return f"{before / unit:.2f} -> {after / unit:.2f}"
+def _change(before: int, after: int) -> str:
+    unit, symbol = next((u for u in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if max(before, after) >= u[0]), (1, ""))
+    ratio = f" ({after / before:.2f} times)" if before else ""
+    return f"{before / unit:.4g} -> {after / unit:.4g}{symbol}{ratio}"

@@ -11,8 +11,9 @@ Legend: G (new, old) mixes the old channels of a width into its new ones; each r
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,6 +23,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Cost = Callable[[nn.Conv2d, int, int], tuple[float, float]]
+
+RIGHT = "its width is right already"
 
 # By the names that their functions have in torch, in torch.nn.functional and on tensors.
 _ELEMENTWISE = {
@@ -42,7 +45,7 @@ class Widening:
     Attributes:
         layers: The convolutions that share it, from the one that makes it to the one that reads it.
         before: Channels in the given network.
-        after: Channels now; less than ``before`` where the replacement costs more.
+        after: Channels now; less than ``before`` where the replacement costs more: that changes the function.
     """
 
     layers: tuple[str, ...]
@@ -97,8 +100,8 @@ def widen(
     try:
         graph = _Graph(model)
     except Exception as error:  # what a network does while it is traced is its own
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return model, (), dict.fromkeys(wanted, f"torch.fx cannot trace the network ({first_line})")
+        why = textwrap.shorten(str(error) or type(error).__name__, 120, placeholder=" ...")
+        return model, (), dict.fromkeys(wanted, f"torch.fx cannot trace the network ({why})")
     widths = [w for w in graph.find_widths() if not set(w.convs).isdisjoint(wanted)]
     positions = _count_positions(model, input_shape) if match == "macs" else {}
     widenings: list[Widening] = []
@@ -112,11 +115,7 @@ def widen(
                 changed.update(width.convs)
         widenings.extend(_describe(segment, solved))
     kept = {name for width in widths for name in width.convs} - changed
-    reasons = {
-        name: "its width is right already" if name in kept else graph.explain(name)
-        for name in wanted
-        if name not in changed
-    }
+    reasons = {name: RIGHT if name in kept else graph.explain(name) for name in wanted if name not in changed}
     return model, tuple(widenings), reasons
 
 
@@ -388,4 +387,12 @@ def _narrow(convs: Sequence[nn.Conv2d], norms: Sequence[_BatchNorm], after: int)
 
 
 def _like(parameter: Tensor, tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+    form = find_memory_format([parameter])
+    return nn.Parameter(tensor.clone(memory_format=form), requires_grad=parameter.requires_grad)
+
+
+def find_memory_format(parameters: Iterable[Tensor]) -> torch.memory_format:
+    """Return channels_last if one of them lies so alone: 1 x 1 and depthwise filters lie both ways."""
+    last = torch.channels_last
+    alike = (p.dim() == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in parameters)
+    return last if any(alike) else torch.contiguous_format

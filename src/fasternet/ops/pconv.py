@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,54 @@ def pconv2d_(x: Tensor, weight: Tensor, *, dilation: int = 1, start: int = 0) ->
     return eager.slicing_(x, weight, dilation=dilation, start=start)
 
 
-class PConv2d(nn.Module):
+class _PConv(nn.Module):
+    """What PConv is in any number of dimensions: which channels are convolved, and their filters."""
+
+    num_dims: ClassVar[int]
+
+    def __init__(
+        self,
+        channels: int,
+        partial_ratio: float | None = None,
+        *,
+        partial_channels: int | None = None,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        position: Position = "first",
+        index: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if partial_ratio is not None and partial_channels is not None:
+            raise ValueError("give partial_ratio or partial_channels, not both")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if dilation < 1:
+            raise ValueError(f"dilation must be positive, got {dilation}")
+        if partial_channels is None:
+            partial_channels = count_partial_channels(channels, 0.25 if partial_ratio is None else partial_ratio)
+        if not 1 <= partial_channels <= channels:
+            raise ValueError(f"partial_channels must be from 1 to channels ({channels}), got {partial_channels}")
+        self.channels = channels
+        self.partial_channels = partial_channels
+        self.dilation = dilation
+        self.start = _find_start(position, channels, partial_channels, index)
+        shape = (partial_channels, partial_channels, *[kernel_size] * self.num_dims)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the filters as ``torch.nn`` does those of a convolution."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(module)``."""
+        part = f"{self.start}:{self.start + self.partial_channels}"
+        return f"{self.channels}, convolved={part}, kernel_size={self.weight.shape[-1]}, dilation={self.dilation}"
+
+
+class PConv2d(_PConv):
     """Partial convolution: a k x k convolution over ``Cp`` of ``C`` channels, the others pass through (Section 3.2).
 
     Stride is 1 and padding "same"; there is no bias, and neither normalisation nor activation behind it: a pointwise
@@ -135,6 +182,8 @@ class PConv2d(nn.Module):
         ValueError: An argument does not fit.
     """
 
+    num_dims = 2
+
     def __init__(
         self,
         channels: int,
@@ -149,40 +198,29 @@ class PConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if partial_ratio is not None and partial_channels is not None:
-            raise ValueError("give partial_ratio or partial_channels, not both")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-        select_impl(impl)
-        if partial_channels is None:
-            partial_channels = count_partial_channels(channels, 0.25 if partial_ratio is None else partial_ratio)
-        if not 1 <= partial_channels <= channels:
-            raise ValueError(f"partial_channels must be from 1 to channels ({channels}), got {partial_channels}")
-        self.channels = channels
-        self.partial_channels = partial_channels
-        self.dilation = dilation
-        self.start = _find_start(position, channels, partial_channels, index)
+        select_impl(impl)  # raises
+        super().__init__(
+            channels,
+            partial_ratio,
+            partial_channels=partial_channels,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            position=position,
+            index=index,
+            device=device,
+            dtype=dtype,
+        )
         self.impl = impl
-        shape = (partial_channels, partial_channels, kernel_size, kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialise the filters as ``torch.nn.Conv2d`` does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C, H, W)."""
-        if x.dim() == 4 and x.shape[1] != self.channels:
-            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
-        return pconv2d(x, self.weight, impl=self.impl, dilation=self.dilation, start=self.start)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H, W); the argument's name is that of ``torch.nn.Conv2d``."""
+        if input.dim() == 4 and input.shape[1] != self.channels:
+            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(input.shape)}")
+        return pconv2d(input, self.weight, impl=self.impl, dilation=self.dilation, start=self.start)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(module)``."""
-        k = self.weight.shape[-1]
-        part = f"{self.start}:{self.start + self.partial_channels}"
-        return f"{self.channels}, convolved={part}, kernel_size={k}, dilation={self.dilation}, impl={self.impl}"
+        return f"{super().extra_repr()}, impl={self.impl}"
 
 
 def count_partial_channels(channels: int, partial_ratio: float) -> int:

@@ -5,7 +5,6 @@ Shapes: ``x`` (N, C, L), (N, C, H, W) or (N, C, D, H, W); filters (Cp, Cp, k), (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -13,48 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasternet.ops.pconv import PConv2d, Position, _find_start, count_partial_channels
+from fasternet.ops.pconv import PConv2d, _PConv
 
 
-class _PConv(nn.Module):
-    num_dims: ClassVar[int]
+class _PConvNd(_PConv):
     convolve: ClassVar[Callable[..., Tensor]]
-
-    def __init__(
-        self,
-        channels: int,
-        partial_ratio: float | None = None,
-        *,
-        partial_channels: int | None = None,
-        kernel_size: int = 3,
-        dilation: int = 1,
-        position: Position = "first",
-        index: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if partial_ratio is not None and partial_channels is not None:
-            raise ValueError("give partial_ratio or partial_channels, not both")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-        if dilation < 1:
-            raise ValueError(f"dilation must be positive, got {dilation}")
-        if partial_channels is None:
-            partial_channels = count_partial_channels(channels, 0.25 if partial_ratio is None else partial_ratio)
-        if not 1 <= partial_channels <= channels:
-            raise ValueError(f"partial_channels must be from 1 to channels ({channels}), got {partial_channels}")
-        self.channels = channels
-        self.partial_channels = partial_channels
-        self.dilation = dilation
-        self.start = _find_start(position, channels, partial_channels, index)
-        shape = (partial_channels, partial_channels, *[kernel_size] * self.num_dims)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the filters as ``torch.nn`` does those of a convolution."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve channels ``start .. start + Cp``; the others are bitwise those of ``x``."""
@@ -66,13 +28,8 @@ class _PConv(nn.Module):
         part = type(self).convolve(x[:, self.start : stop], self.weight, padding=padding, dilation=self.dilation)
         return torch.cat([piece for piece in (x[:, : self.start], part, x[:, stop:]) if piece.shape[1]], dim=1)
 
-    def extra_repr(self) -> str:
-        """Describe the layer in ``print(module)``."""
-        part = f"{self.start}:{self.start + self.partial_channels}"
-        return f"{self.channels}, convolved={part}, kernel_size={self.weight.shape[-1]}, dilation={self.dilation}"
 
-
-class PConv1d(_PConv):
+class PConv1d(_PConvNd):
     """Partial convolution of sequences, (N, C, L) to (N, C, L): ``PConv2d`` in one dimension.
 
     Args:
@@ -93,7 +50,7 @@ class PConv1d(_PConv):
     num_dims, convolve = 1, F.conv1d
 
 
-class PConv3d(_PConv):
+class PConv3d(_PConvNd):
     """Partial convolution of volumes and videos, (N, C, D, H, W) to the same: ``PConv2d`` in three dimensions.
 
     Args:
@@ -152,8 +109,6 @@ class PConvPWConv(nn.Module):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
-        if dilation < 1:
-            raise ValueError(f"dilation must be positive, got {dilation}")
         self.stride = stride
         self.pconv = PConv2d(
             in_channels, partial_ratio, kernel_size=kernel_size, dilation=dilation, device=device, dtype=dtype
@@ -170,8 +125,9 @@ class PConvPWConv(nn.Module):
         """Channels of the output, as the PWConv has them."""
         return self.pwconv.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)); named as in ``nn.Conv2d``."""
+        x = input
         if self.stride == 1:
             return self.pwconv(self.pconv(x))  # type: ignore[no-any-return]
         if x.dim() != 4 or x.shape[1] != self.in_channels:

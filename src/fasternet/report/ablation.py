@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fasternet.paper import load_table
 from fasternet.records import Machine, Record
-from fasternet.report.compare import Timing, interval_cell, printed, read_timing, scaled
-from fasternet.report.markup import Cell, Column, Html, figure, table, tag
-from fasternet.report.provenance import count, describe_setting, number, provenance, unique
+from fasternet.report.compare import Timing, interval_cell, printed, read_timing, scaled, speed_cell
+from fasternet.report.markup import SPACED, Cell, Column, Html, figure, join, table, tag
+from fasternet.report.provenance import count, describe_machine, describe_setting, number, provenance, unique
 from fasternet.report.seeds import (
     Mean,
     by_seed,
@@ -38,9 +38,26 @@ EXPLAINED = (
     "taken seed by seed; its interval is Student’s t over the seeds, and better or worse takes an interval without 0. "
     "With so many variants about one in twenty would be called different by chance alone. A small network on small "
     "pictures, trained for short, tells about that: not about ImageNet.",
-    "Time is that of the variant over that of the base, below 1 faster. Paper v1: the difference of top-1 in Table 5 "
-    "to its choice, of T0 on ImageNet with its full recipe, one run each, and so without an interval.",
+    "Paper v1: the difference of top-1 in Table 5 to its choice, of T0 on ImageNet with its full recipe, one run each, "
+    "and so without an interval.",
 )
+TIMES = (
+    "Times are medians, and ratios that of the variant over that of the base, below 1 faster; at the base stands what "
+    "the base measured against itself, the error of the run."
+)
+SIZES = {"full": "T0"}  # how sizes of the base are called
+SHOWN = {"small": ("small", "full")}  # sizes whose times stand with the accuracy of one
+
+
+class Timed(NamedTuple):
+    """Of what network and under which conditions times may stand in one column."""
+
+    size: str
+    input_size: object
+    setting: str
+
+    def __str__(self) -> str:
+        return f"{_name_size(self.size, self.input_size)}: {self.setting}"
 
 
 @dataclass(frozen=True)
@@ -52,63 +69,112 @@ class Variant:
         records: Of its seeds; none where only its speed was measured.
         top1: Mean over the seeds, in per cent.
         difference: To the base, paired by seed; None for the base.
-        ratios: Records of its time relative to the base's, by setting.
+        ratios: Records of its time relative to the base's; of the base, the A/A control.
+        latencies: Records of its time.
     """
 
     name: str
     records: tuple[Record, ...]
     top1: Mean | None
     difference: Mean | None
-    ratios: Mapping[str, Record]
+    ratios: Mapping[Timed, Record]
+    latencies: Mapping[Timed, Record]
 
-    def find_timing(self, setting: str) -> Timing | None:
+    def find_timing(self, timed: Timed) -> Timing | None:
         """Return its time relative to the base's."""
-        return read_timing(self.ratios[setting]) if setting in self.ratios else None
+        return read_timing(self.ratios[timed]) if timed in self.ratios else None
 
     def tell(self, name: str) -> Any:
-        """Return a value that all its seeds share."""
-        return next((record.values[name] for record in self.records if name in record.values), None)
+        """Return a value that all its records share."""
+        records = (*self.records, *self.latencies.values())
+        return next((record.values[name] for record in records if name in record.values), None)
 
 
 def show_ablation(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
-    """Make the table of the ablation for every set of conditions; speeds without accuracy have one of their own."""
+    """Make the ablation for every set of conditions; times without accuracy of their machine have a table of theirs."""
     studies = group_alike(r for r in select(sources, "study", SUITE) if number(r, "top1") is not None)
     ratios = [r for r in select(sources, "ratio", SUITE) if r.condition.get("baseline") == BASE and read_timing(r)]
-    told = {str(records[0].condition.get("size")) for records in studies}
-    alone = group((r for r in ratios if str(r.condition.get("size")) not in told), lambda r: r.condition.get("size"))
-    shown: list[tuple[list[Record], list[Record]]] = [(records, ratios) for records in studies]
+    times = [*ratios, *select(sources, "latency", SUITE)]
+    shown = [(records, [time for time in times if _fits(time, records[0])]) for records in studies]
+    used = {id(time) for _, members in shown for time in members}
+    alone = group((r for r in times if id(r) not in used), lambda r: (r.machine, str(r.condition.get("size"))))
     shown += [([], members) for members in alone.values()]
     return [_show(f"ablation-{i}", *members, machines) for i, members in enumerate(shown, start=1)]
 
 
-def list_variants(records: Sequence[Record], ratios: Sequence[Record]) -> list[Variant]:
-    """Return the variants in the order in which they were recorded, with the times of networks of their size."""
-    sizes = {str(record.condition.get("size")) for record in records or ratios}
-    fitting = [ratio for ratio in ratios if str(ratio.condition.get("size")) in sizes]
-    times = newest(fitting, lambda ratio: (ratio.subject, describe_setting(ratio)))
+def _fits(time: Record, study: Record) -> bool:
+    """Whether a time stands with an accuracy: both of one machine, and of a size that is shown with it."""
+    size = str(study.condition.get("size"))
+    return time.machine == study.machine and str(time.condition.get("size")) in SHOWN.get(size, (size,))
+
+
+def list_variants(records: Sequence[Record], times: Sequence[Record]) -> list[Variant]:
+    """Return the variants in the order in which they were recorded, with their times, latencies and ratios."""
+
+    def identify(record: Record) -> tuple[str, str, Timed]:
+        condition = record.condition
+        timed = Timed(str(condition.get("size")), condition.get("input_size"), describe_setting(record))
+        return record.kind, record.subject, timed
+
+    latest = newest(times, identify)
     base = by_seed((record for record in records if record.subject == BASE), "top1")
     rows = []
-    for name in unique(record.subject for record in records or fitting):
+    for name in unique(record.subject for record in records or times):
         own = tuple(record for record in records if record.subject == name)
         top1 = by_seed(own, "top1")
         difference = None if name == BASE else find_difference(top1, base)
-        timed = {setting: ratio for (subject, setting), ratio in times.items() if subject == name != BASE}
-        rows.append(Variant(name, own, find_mean(top1.values()), difference, timed))
+        ratios, latencies = (
+            {timed: record for (of, subject, timed), record in latest.items() if (of, subject) == (kind, name)}
+            for kind in ("ratio", "latency")
+        )
+        rows.append(Variant(name, own, find_mean(top1.values()), difference, ratios, latencies))
     return rows
 
 
-def _show(key: str, records: Sequence[Record], ratios: Sequence[Record], machines: Mapping[str, Machine]) -> Html:
-    rows = list_variants(records, ratios)
-    used = [*records, *(ratio for row in rows for ratio in row.ratios.values())]
-    settings = unique(setting for row in rows for setting in row.ratios)
+def _show(key: str, records: Sequence[Record], times: Sequence[Record], machines: Mapping[str, Machine]) -> Html:
+    rows = list_variants(records, times)
+    used = [record for row in rows for record in (*row.latencies.values(), *row.ratios.values())]
+    timed = list(dict.fromkeys(key for row in rows for key in (*row.latencies, *row.ratios)))
     groups = [row.tell("group") for row in rows]
     breaks = [i for i in range(1, len(rows)) if groups[i] != groups[i - 1]]
-    size = used[0].condition.get("size")
-    title = f"Table 5 on small data. What the parts of the design are worth ({size} size"
-    title += f", {records[0].condition.get('data')})" if records else ", time alone)"
-    small = (provenance(members, machines) for members in (records, used[len(records) :]) if members)
-    content = table(key, _list_columns(settings), rows, breaks=breaks)
-    return figure(key, title, content, _tell_conditions(records), *EXPLAINED, *small)
+    condition = (records or times)[0].condition
+    title = "Table 5 on small data. What the parts of the design are worth: "
+    title += _name_size(condition.get("size"), condition.get("input_size"))
+    title += (
+        f", {condition.get('data')}" if records else f", time alone, {describe_machine(times[0].machine, machines)}"
+    )
+    content = [table(key, _list_columns(), rows, breaks=breaks)] if records else []
+    if timed:
+        columns = [*_list_names(described=not records), *(c for each in timed for c in _list_time_columns(each))]
+        content.append(tag("div", table(key, columns, rows, breaks=breaks), style=SPACED))
+    sizes = dict.fromkeys((str(r.condition.get("size")), r.condition.get("input_size")) for r in (*records, *times))
+    columns = [*_list_names(described=False), *(column for size in sizes for column in _list_cost_columns(*size))]
+    content.append(tag("div", table(key, columns, rows, breaks=breaks), style=SPACED))
+    notes = [_tell_conditions(records), *EXPLAINED] if records else []
+    notes += [_tell_times(records, timed, rows)] if timed else []
+    small = (provenance(members, machines) for members in (records, used) if members)
+    return figure(key, title, join(content), *notes, *small)
+
+
+def _name_size(size: object, input_size: object) -> str:
+    """Name a size of the base and of its pictures: ``small, 64 px``."""
+    return f"{SIZES.get(str(size), size)}, {input_size} px"
+
+
+def _tell_times(records: Sequence[Record], timed: Sequence[Timed], rows: Sequence[Variant]) -> str:
+    """Say of which networks times are, how far the base was from itself, and what the runs warned of."""
+    own = {str(record.condition.get("size")) for record in records}
+    others = unique(_name_size(each.size, each.input_size) for each in timed if each.size not in own)
+    told = (
+        f" Accuracy is that of the {' '.join(own)} size alone; the same changes were timed in {', '.join(others)} too."
+    )
+    ratios = [ratio for row in rows for ratio in row.ratios.values()]
+    spreads = [spread for ratio in ratios if (spread := scaled(ratio, "a_a_spread", 0.01)) is not None]
+    ends = " to ".join(unique(f"{spread:.1f}" for spread in (min(spreads), max(spreads)))) if spreads else ""
+    error = f" A/A spread, the base against itself: {ends} %." if ends else ""
+    warnings = unique(str(warning) for ratio in ratios for warning in ratio.values.get("warnings") or ())
+    warned = f" Warnings of the runs: {'; '.join(warnings)}." if warnings else ""
+    return f"{TIMES}{told if records and others else ''}{error}{warned}"
 
 
 def _tell_conditions(records: Sequence[Record]) -> Html | None:
@@ -125,7 +191,16 @@ def _tell_conditions(records: Sequence[Record]) -> Html | None:
     return tag("strong", told)
 
 
-def _list_columns(settings: Sequence[str]) -> list[Column[Variant]]:
+def _list_names(*, described: bool) -> list[Column[Variant]]:
+    def differs(row: Variant) -> Cell | None:
+        style = "display: block; white-space: normal; width: 13rem"
+        return Cell(tag("span", told, style=style), told) if (told := row.tell("differs")) else None
+
+    names: list[Column[Variant]] = [Column("Variant", lambda row: row.name)]
+    return [*names, Column("differs", differs), Column("varied", lambda row: row.tell("group"))] if described else names
+
+
+def _list_columns() -> list[Column[Variant]]:
     def paper(row: Variant) -> Cell | None:
         table5 = {own["variant"]: own for own in load_table("table5_ablation")}
         own, other = (printed(table5[name], "top1") for name in PAPER.get(row.name, ("T0 BN", "T0 BN")))
@@ -134,40 +209,49 @@ def _list_columns(settings: Sequence[str]) -> list[Column[Variant]]:
     def verdict(row: Variant) -> str | None:
         return judge_difference(row.difference, below="worse", above="better") if row.difference else None
 
-    def differs(row: Variant) -> Cell | None:
-        style = "display: block; white-space: normal; width: 13rem"
-        return Cell(tag("span", told, style=style), told) if (told := row.tell("differs")) else None
-
-    def cost(row: Variant, name: str) -> float | None:
-        return scaled(row.records[0], name, 1e6) if row.records else None
-
     here, difference = "Top-1 here, %", "Difference to the base, points"
     return [
-        Column("Variant", lambda row: row.name),
-        Column("differs", differs),
-        Column("varied", lambda row: row.tell("group")),
+        *_list_names(described=True),
         Column("mean ± 95 %", lambda row: mean_cell(row.top1, ".2f"), "", here),
         Column("mean", lambda row: signed_cell(row.difference.value, "+.2f") if row.difference else None, "",
                difference),
         Column("95 % interval", lambda row: span_cell(row.difference, "+.2f"), "", difference),
         Column("verdict", verdict, None, difference),
         Column("T0, ImageNet", paper, "", "Paper v1"),
-        *(column for setting in settings for column in _list_time_columns(setting)),
-        Column("multiply-adds, M", lambda row: cost(row, "macs"), ",.2f", "Costs"),
-        Column("parameters, M", lambda row: cost(row, "num_params"), ",.3f", "Costs"),
     ]  # fmt: skip
 
 
-def _list_time_columns(setting: str) -> list[Column[Variant]]:
+def _list_cost_columns(size: str, input_size: object) -> list[Column[Variant]]:
+    def cost(row: Variant, name: str) -> float | None:
+        own = (r for r in (*row.records, *row.latencies.values()) if str(r.condition.get("size")) == size)
+        return scaled(next(own, None), name, 1e6)
+
+    costs = f"Costs, {_name_size(size, input_size)}"
+    return [
+        Column("multiply-adds, M", lambda row: cost(row, "macs"), ",.2f", costs),
+        Column("parameters, M", lambda row: cost(row, "num_params"), ",.3f", costs),
+    ]
+
+
+def _list_time_columns(timed: Timed) -> list[Column[Variant]]:
     def ratio(row: Variant) -> float | None:
-        return 1.0 if row.name == BASE else timing.value if (timing := row.find_timing(setting)) else None
+        return timing.value if (timing := row.find_timing(timed)) else None
 
     def verdict(row: Variant) -> object:
-        return row.ratios[setting].values.get("verdict") if setting in row.ratios else None
+        if timed not in row.ratios:
+            return None
+        return "control" if row.name == BASE else row.ratios[timed].values.get("verdict")
 
-    title = f"Time ({setting})"
+    def unfolded(row: Variant) -> str | None:
+        record = row.latencies.get(timed)
+        left = number(record, "num_batch_norms_left") if record else None
+        return f"{left:.0f} BN" if left else None
+
+    title = str(timed)
     return [
+        Column("ms", lambda row: speed_cell(row.latencies.get(timed), "latency_ms", ".2f"), "", title),
         Column("ratio", ratio, ".2f", title),
-        Column("95 % interval", lambda row: interval_cell(row.find_timing(setting)), "", title),
+        Column("95 % interval", lambda row: interval_cell(row.find_timing(timed)), "", title),
         Column("verdict", verdict, None, title),
+        Column("cannot be folded", unfolded, None, title),
     ]

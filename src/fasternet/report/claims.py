@@ -4,22 +4,21 @@ A claim is judged as the paper measured it, in eager PyTorch, and once more with
 engine that it has. ``holds``: the interval reaches the paper's number, the corrected one where there is one, or lies
 beyond it. ``partly``: the direction is certain, the amount is smaller. ``does not hold``: the direction is not certain,
 or it is the opposite one. ``not run``: there is no record of such a device, or more than records is needed.
-Table 2 and Figure 6 are judged by their own rules, on the network that was studied.
+Table 2 and Figure 6 are judged by their own rules, on the network that was studied: their verdicts are those of the
+studies' own figures, they may be ``not distinguishable``, and they count apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 from fasternet.paper import load_table
 from fasternet.records import Machine, Record
 from fasternet.report.approximation import (
     ABSOLUTE,
     AVERAGE,
-    FAILS,
-    HOLDS,
     OWN,
     Approximation,
     list_approximations,
@@ -29,13 +28,13 @@ from fasternet.report.compare import Timing, find_device, printed, read_timing
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
 from fasternet.report.operators import DWCONV, FORWARD, compare_flops, read_passes, read_shape
 from fasternet.report.provenance import describe_machine, number, provenance, unique
-from fasternet.report.salience import Salience, is_centre, list_saliences
-from fasternet.report.seeds import ONE_SEED
+from fasternet.report.salience import Salience, list_saliences
+from fasternet.report.seeds import ONE_SEED, name_verdict
 from fasternet.report.settings import ENGINES, Way, has_published_size, read_way, select_ratios
 from fasternet.report.sources import Source, newest, select
 
-Verdict = Literal["holds", "partly", "does not hold", "not run"]
-VERDICTS: tuple[Verdict, ...] = ("holds", "partly", "does not hold", "not run")
+Verdict = Literal["holds", "partly", "not distinguishable", "does not hold", "not run"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SUITES = ("networks", "operators")
 WRAPPED = "display: block; white-space: normal; width: "  # sentences, beside a column that stays in place
 
@@ -117,7 +116,7 @@ class Measured:
         certain: Whether the measuring protocol tells it from 'no difference'.
         how: Of what and over what, where the claim does not tell.
         records: Where it comes from.
-        verdict: Where the claim has a rule of its own, what that found.
+        verdict: Of a study, what its own figure says.
     """
 
     interval: Timing
@@ -152,6 +151,11 @@ class Claim:
     eager: Measured | None = None
     best: Measured | None = None
     remark: str = ""
+
+    @property
+    def is_studied(self) -> bool:
+        """Whether it was judged on a network at hand, which need not be the paper's."""
+        return self.eager is not None and self.eager.verdict is not None
 
     def judge(self, measured: Measured | None) -> Verdict:
         """Return whether the claim holds by what was measured."""
@@ -196,29 +200,23 @@ def _find_studied(text: str, sources: Sequence[Source]) -> list[Measured]:
 
 
 def _judge_table2(study: Approximation) -> Measured | None:
-    """Judge the order of Table 2: partly, where only one of the other operators is certain to have a higher loss."""
-    mean, found = study.mean(OWN, AVERAGE, ABSOLUTE), {row.rival: row.judge() for row in study.comparisons}
-    if mean is None or not study.is_complete or ONE_SEED in found.values():
+    """Take the verdict of Table 2 on the order of its operators."""
+    mean, verdict = study.mean(OWN, AVERAGE, ABSOLUTE), study.judge()
+    if mean is None or verdict in (None, ONE_SEED):
         return None
-    lower = [verdict == HOLDS for verdict in found.values()]
-    is_partly = any(lower) and FAILS not in found.values()
-    verdict: Verdict = "holds" if all(lower) else "partly" if is_partly else "does not hold"
-    told = "; ".join(f"against {rival}: {verdict}" for rival, verdict in found.items())
+    told = "; ".join(f"against {row.rival}: {row.judge()}" for row in study.comparisons)
     how = f"{name_network(study.condition)}, pictures of {study.condition.get('data')}; {told}"
-    return Measured(Timing(mean.value, mean.low, mean.high), True, how, study.records, verdict)
+    return Measured(Timing(mean.value, mean.low, mean.high), True, how, study.records, cast(Verdict, verdict))
 
 
 def _judge_figure6(salience: Salience) -> Measured | None:
-    """Judge Figure 6: partly, where the centre is the most frequent of all filters, but not in every stage."""
-    if (total := salience.total) is None or (likelier := salience.is_likelier()) is None:
+    """Take the verdict of Figure 6."""
+    total, verdict = salience.total, salience.judge()
+    if total is None or verdict is None or (share := number(total, "centre_share")) is None:
         return None
-    share, low, high = (number(total, name) for name in ("centre_share", "low", "high"))
-    if share is None or low is None or high is None:
-        return None
-    is_first = likelier and is_centre(total)
-    verdict: Verdict = "does not hold" if not is_first else "holds" if salience.is_everywhere else "partly"
+    low, high = (float(total.values[name]) for name in ("low", "high"))
     how = f"share of the filters of {name_network(total.condition)} whose centre is salient; 11 % if all were alike"
-    return Measured(Timing(share, low, high), True, how, salience.records, verdict)
+    return Measured(Timing(share, low, high), True, how, salience.records, cast(Verdict, verdict))
 
 
 def _list_measured(
@@ -330,7 +328,8 @@ def show_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> l
 
     def verdict(claim: Claim, measured: Measured | None) -> Cell:
         told = claim.judge(measured)
-        return Cell(tag("span", told, class_=f"verdict {told.replace(' ', '-')}"), VERDICTS.index(told))
+        words = name_verdict(told) if claim.is_studied else told
+        return Cell(tag("span", words, class_=f"verdict {told.replace(' ', '-')}"), VERDICTS.index(told))
 
     def wrap(text: str, width: str) -> Cell:
         return Cell(tag("span", text, style=WRAPPED + width), text)
@@ -374,9 +373,10 @@ NOTES = (
     "the direction is certain, the amount is smaller. Does not hold: the direction is not certain, or it is the "
     "opposite one. Not run: no record of such a device, or more than records is needed. Claims that are a mere count "
     "are computed and stand with those of eager PyTorch.",
-    "Table 2: the order is judged, not the size of the loss, which depends on the network; partly, where one of the "
-    "two other operators is not certain to have a higher loss. Figure 6: the centre’s share of all filters has to be "
-    "certain to exceed that of random filters; partly, where it is not the most frequent in every stage.",
+    "Table 2 and Figure 6 are judged on the networks at hand, by the verdicts of their own figures: what does not hold "
+    "for these may hold for those of the paper, trained on ImageNet. Table 2: the order is judged, not the size of the "
+    "loss, which depends on the network. Figure 6: the centre’s share of all filters has to be certain to exceed 1/9; "
+    "partly, where it is not the most frequent in every stage.",
     "A speed is the rival’s time over that of FasterNet, time saved is 1 − 1/ratio. v1 was measured with an in-place "
     "PConv; here FasterNet computes the trained function, and PConv is timed in its exact form.",
 )

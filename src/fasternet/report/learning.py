@@ -17,6 +17,7 @@ from fasternet.report.sources import Source, select
 PER_RUN = ("seed", "run", "num_workers")  # what may differ between the runs of one row
 PLOT_WIDTH, PLOT_HEIGHT = 132, 22  # CSS pixels
 MIN_DEVIATION_RUNS = 3
+TOLD = ("select", "match")  # of an operation of surgery, beside its kind
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def show_learning(sources: Sequence[Source], machines: Mapping[str, Machine]) ->
     def pictures(row: Learned) -> float | None:
         return number(row.evaluations[0], "num_images")
 
+    def under(row: Learned) -> Cell | None:
+        style = "display: block; white-space: normal; min-width: 12rem"
+        return Cell(tag("span", text, style=style), text) if (text := _describe(row, told)) else None
+
     columns: list[Column[Learned]] = [
         Column("Network", lambda row: row.runs[0].subject),
         Column("data", lambda row: row.condition.get("data")),
@@ -116,7 +121,7 @@ def show_learning(sources: Sequence[Source], machines: Mapping[str, Machine]) ->
         Column(f"{low:.1f} to {high:.1f}", lambda row: Cell(_draw(row, low, high), max(row.top1)), None, "Top-1, %"),
         Column("images/s", lambda row: row.images_per_second, ",.0f"),
         Column("parameters, M", lambda row: scaled(row.runs[0], "num_params", 1e6), ".2f"),
-        Column("under", lambda row: _describe(row, told) or None),
+        Column("under", under),
     ]
     note = (
         "A row holds the runs of one network, data set, recipe and machine; they differ in their seed. Top-1 is that "
@@ -141,9 +146,11 @@ def _describe(row: Learned, names: Sequence[str]) -> str:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items()) or "none"
+        if "kind" in value and "select" in value:  # an operation of surgery
+            return ", ".join((_plain(value["kind"]), *(f"{k} {_plain(value[k])}" for k in TOLD if k in value)))
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list):
-        return "–".join(map(str, value))
+        return (" then " if any(isinstance(inner, dict) for inner in value) else "–").join(map(_plain, value))
     return "none" if value is None else str(value)
 
 

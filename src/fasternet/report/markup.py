@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+SPACED = "margin-top: 1.25rem"  # of what stands below another thing in a figure
+
 
 class Html(str):
     """Text that is markup already."""

@@ -12,7 +12,6 @@ from string import Template
 from fasternet.records import Machine
 from fasternet.report.ablation import show_ablation
 from fasternet.report.appendix import show_costs, show_differences, show_environment, show_notes
-from fasternet.report.approximation import show_approximation
 from fasternet.report.architecture import show_figure4
 from fasternet.report.claims import show_claims
 from fasternet.report.data import show_data
@@ -38,6 +37,7 @@ from fasternet.report.speed import show_steps, show_training_speed
 from fasternet.report.summary import show_summary
 from fasternet.report.surgery import show_surgery
 from fasternet.report.sweeps import show_sweeps
+from fasternet.report.table2 import show_approximation
 from fasternet.report.table5 import show_table5
 from fasternet.report.table8 import show_table8
 from fasternet.report.table9 import show_table9_networks

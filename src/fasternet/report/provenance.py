@@ -31,6 +31,8 @@ CONDITIONS: dict[str, Callable[[Any], str]] = {
         ("baseline", "baseline_engine", "baseline_precision", "best_engines", "best_rival", "metric", "sweep", "stage"),
         lambda _: "",
     ),
+    # Digits that tell conditions apart and tell a reader nothing, and what captions name.
+    **dict.fromkeys(("weights_hash", "pictures_hash", "picture"), lambda _: ""),
 }
 
 

@@ -13,6 +13,7 @@ from fasternet.report.seeds import group_alike
 from fasternet.report.sources import Source, newest, select
 
 MAX_OPEN_LAYERS = 40
+MIN_POSITIONS = 4  # a channel, for its rank and its explained shares to say something
 GRID = "display: block; width: min(100%, 34rem); height: auto; image-rendering: pixelated"
 GRIDS = (
     "The grids show one picture and its maps, channel by channel in their order, each scaled to its own range from "
@@ -28,8 +29,8 @@ EXPLAINED = (
     "reconstructs of all channels from the first quarter, from a random quarter (the mean of several draws) and from "
     "the best combinations, the principal components, which is the most that anything linear attains. PConv convolves "
     "a quarter; where a quarter explains much, little is lost.",
-    "Positions are those of all pictures together: where there are not many times as many as channels, ranks and "
-    "explained shares flatter, since few samples are explained by anything.",
+    f"Positions are those of all pictures together: with fewer than {MIN_POSITIONS} times as many as channels, twins, "
+    "ranks and explained shares are left blank, since few samples resemble and explain one another by chance.",
 )
 
 
@@ -46,6 +47,7 @@ def _show(key: str, found: Sequence[Record], sources: Sequence[Source], machines
     of = f"{count(pictures, 'picture')} of " if isinstance(pictures, int) else ""
     title = f"Figure 3. Redundancy of feature maps: {name_network(condition)}, {of}{condition.get('data')}"
     title += f" at {size} px" if size else ""
+    title += f", maps of {picture}" if (picture := condition.get("picture")) else ""
     grids = [tag("div", *grid, class_="panel") for record in records if (grid := _draw(record, sources))]
     content: Html = table(key, _list_columns(), records, breaks=_find_breaks(records))
     if len(records) > MAX_OPEN_LAYERS:
@@ -64,6 +66,7 @@ def _draw(record: Record, sources: Sequence[Source]) -> list[Html]:
     uri = source.load_picture(path)
     drawn = number(record, "num_shown")
     told = f"{record.subject}, {_tell_shape(record)}" + ("" if drawn is None else f", {drawn:.0f} maps shown")
+    told += f", of {name}" if (name := record.condition.get("picture")) else ""
     picture = tag("img", src=uri, alt=f"channels of {told}", style=GRID) if uri else tag("p", "no picture")
     return [tag("p", told, class_="panel-title"), picture]
 
@@ -78,27 +81,46 @@ def _find_breaks(records: Sequence[Record]) -> set[int]:
     return {i for i in range(1, len(stages)) if stages[i] != stages[i - 1]}
 
 
+def _has_few_positions(record: Record) -> bool:
+    positions, channels = number(record, "num_positions"), number(record, "channels")
+    return positions is not None and channels is not None and positions < MIN_POSITIONS * channels
+
+
 def _list_columns() -> list[Column[Record]]:
     def percent(name: str) -> Callable[[Record], float | None]:
         return lambda record: scaled(record, name, 0.01)
 
+    def unless_few(cell: Callable[[Record], float | None]) -> Callable[[Record], float | None]:
+        return lambda record: None if _has_few_positions(record) else cell(record)
+
+    def positions(record: Record) -> Cell | None:
+        value = number(record, "num_positions")
+        few = ", too few positions" if _has_few_positions(record) else ""
+        return None if value is None else Cell(f"{value:,.0f}{few}", value)
+
+    def rank(record: Record) -> float | None:
+        return number(record, "effective_rank")
+
     def share(record: Record) -> float | None:
         return divide(scaled(record, "effective_rank", 0.01), number(record, "channels"))
 
+    def explained(label: str, name: str, group: str) -> Column[Record]:
+        return Column(label, unless_few(percent(f"{name}_explained_share")), ".1f", group)
+
     def more() -> Iterator[Column[Record]]:
         yield Column("own", percent("first_quarter_variance_share"), ".1f", "First quarter, % of variance")
-        yield Column("explained", percent("first_quarter_explained_share"), ".1f", "First quarter, % of variance")
-        yield Column("random quarter", percent("random_quarter_explained_share"), ".1f", "Explained by, %")
-        yield Column("best combinations", percent("best_quarter_explained_share"), ".1f", "Explained by, %")
+        yield explained("explained", "first_quarter", "First quarter, % of variance")
+        yield explained("random quarter", "random_quarter", "Explained by, %")
+        yield explained("best combinations", "best_quarter", "Explained by, %")
 
     return [
         Column("Layer", lambda record: record.subject),
         Column("stage", lambda record: number(record, "stage"), ".0f"),
         Column("C × H × W", lambda record: Cell(_tell_shape(record), number(record, "channels"))),
-        Column("positions", lambda record: number(record, "num_positions"), ",.0f"),
+        Column("positions", positions, ""),
         Column("mean |r|", lambda record: number(record, "mean_abs_correlation"), ".3f"),
-        Column("with a twin, %", percent("redundant_share"), ".1f"),
-        Column("rank", lambda record: number(record, "effective_rank"), ".1f", "Effective"),
-        Column("of channels, %", share, ".0f", "Effective"),
+        Column("with a twin, %", unless_few(percent("redundant_share")), ".1f"),
+        Column("rank", unless_few(rank), ".1f", "Effective"),
+        Column("of channels, %", unless_few(share), ".0f", "Effective"),
         *more(),
     ]

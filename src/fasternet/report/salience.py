@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasternet.records import Machine, Record
-from fasternet.report.approximation import SPACED, name_network
+from fasternet.report.approximation import name_network
 from fasternet.report.compare import scaled
-from fasternet.report.markup import Cell, Column, Html, figure, join, table, tag
+from fasternet.report.markup import SPACED, Cell, Column, Html, figure, join, table, tag
 from fasternet.report.plots import draw_positions
 from fasternet.report.provenance import number, provenance, unique
-from fasternet.report.seeds import group_alike
+from fasternet.report.seeds import FAILS, HOLDS, PARTLY, UNCLEAR, group_alike, name_verdict
 from fasternet.report.sources import Source, newest, select
 
 ALL, STEM = "all", "stage 0"  # the latter: whatever is finer than the first stage
@@ -35,20 +35,36 @@ class Salience:
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether the centre is the most frequent position in each of the four stages, as in the paper."""
-        return all(is_centre(record) for record in self.stages if record.subject != STEM)
+        """Whether the centre is the most frequent position in each stage, as in the paper; a stem alone is none."""
+        judged = [is_centre(record) for record in self.stages if record.subject != STEM]
+        return bool(judged) and all(judged)
 
     @property
     def total(self) -> Record | None:
         """That of all filters."""
         return next((record for record in self.records if record.subject == ALL), None)
 
-    def is_likelier(self) -> bool | None:
-        """Whether the centre is salient more often, for certain, than at random and in filters never trained."""
-        if (total := self.total) is None or (low := number(total, "low")) is None:
+    @property
+    def has_pconv(self) -> bool:
+        """Whether filters of PConv are among them, of which the paper claims nothing."""
+        names = [str(name) for r in self.records for name in r.values.get("layers") or ()]
+        is_fasternet = str(self.records[0].condition.get("model")).lower().startswith("fasternet")
+        return is_fasternet or any(name.rpartition(".")[2] == "pconv" for name in names)
+
+    def judge(self) -> str | None:
+        """Say whether the centre is the most frequent position; None where that is not to be judged.
+
+        Its share has to be certain to exceed that of positions that are all alike; partly, where it is not the most
+        frequent position in every stage.
+        """
+        if (total := self.total) is None or self.has_pconv:
             return None
-        baselines = (number(total, "uniform_share"), number(total, "centre_share_random"))
-        return all(low > value for value in baselines if value is not None)
+        low, high, uniform = (number(total, name) for name in ("low", "high", "uniform_share"))
+        if low is None or high is None or uniform is None:
+            return None
+        if low <= uniform:
+            return FAILS if high < uniform else UNCLEAR
+        return FAILS if not is_centre(total) else HOLDS if self.is_everywhere else PARTLY
 
 
 def list_saliences(sources: Sequence[Source]) -> list[Salience]:
@@ -92,8 +108,7 @@ def _show_histogram(key: str, salience: Salience, machines: Mapping[str, Machine
         Column("share, %", lambda record: scaled(record, "centre_share", 0.01), ".1f", "Centre is salient"),
         Column("95 % interval", _interval, "", "Centre is salient"),
         Column("uniform, %", lambda record: scaled(record, "uniform_share", 0.01), ".1f", "Centre is salient"),
-        Column("not trained, %", lambda record: scaled(record, "centre_share_random", 0.01), ".1f",
-               "Centre is salient"),
+        Column("not trained, %", _random, "", "Centre is salient"),
         Column("most frequent", lambda record: "yes" if is_centre(record) else "no", None, "Centre is salient"),
     ]  # fmt: skip
     norms = {record.subject: rows for record in records if (rows := read_list(record, "mean_norms"))}
@@ -103,8 +118,10 @@ def _show_histogram(key: str, salience: Salience, machines: Mapping[str, Machine
     if heats:
         content.append(tag("p", NORMS, class_="note"))
         content.append(_arrange(heats))
-    return figure(key, f"Figure 6. Salient positions of the filters of {told}", join(content), *FIGURE6,
-                  provenance(records, machines))  # fmt: skip
+    judged = salience.judge()
+    verdict = PCONV if salience.has_pconv else None if judged is None else f"{CLAIM} {told}: {name_verdict(judged)}."
+    title = f"Figure 6. Salient positions of the filters of {told}"
+    return figure(key, title, join(content), verdict, *FIGURE6, provenance(records, machines))
 
 
 def _count_layers(record: Record) -> int | None:
@@ -114,6 +131,14 @@ def _count_layers(record: Record) -> int | None:
 def _interval(record: Record) -> Cell | None:
     low, high = (scaled(record, name, 0.01) for name in ("low", "high"))
     return None if low is None or high is None else Cell(f"{low:.1f}–{high:.1f}", low)
+
+
+def _random(record: Record) -> Cell | None:
+    share = scaled(record, "centre_share_random", 0.01)
+    low, high = (scaled(record, f"random_{name}", 0.01) for name in ("low", "high"))
+    if share is None:
+        return None
+    return Cell(f"{share:.1f}" + ("" if low is None or high is None else f" ({low:.1f}–{high:.1f})"), share)
 
 
 def _draw_norms(name: str, norms: Sequence[float], least: float, most: float) -> Html:
@@ -217,11 +242,14 @@ NORMS = (
 FIGURE6 = (
     "The salient position of a filter is the one at which its weights, over the input channels, have the largest norm. "
     "Positions are counted row by row: 5 is the centre of 3 × 3. The dashed line is 1/9, the share if all positions "
-    "were alike. Not trained: the share of the centre in filters of the same shapes with fresh random weights. The "
-    "interval is by resampling filters, which are taken as independent.",
+    "were alike. Not trained: the share of the centre in filters of the same shapes with fresh random weights, the "
+    "mean of many draws and, where it was recorded, the band of 95 % of them. The interval is by resampling filters, "
+    "which are taken as independent.",
     "The paper finds the centre the most frequent salient position in all stages of a ResNet18 trained on ImageNet. "
     "A salient centre says where a filter weighs most, not that the other positions could be spared.",
 )
+CLAIM = "That the centre is the most frequent salient position, by its share of all filters against 1/9, in"
+PCONV = "Filters of PConv are among these: the paper speaks of regular convolutions only, so its claim is not judged."
 FIGURE5 = (
     "The absolute gradient of one output position with respect to each input position, the mean over input channels, "
     "draws of random weights and random sums of the output channels, in per cent of the whole. Shade is relative to "

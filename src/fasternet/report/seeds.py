@@ -21,6 +21,7 @@ STUDENT_T = (
 UNLIKE = ("seed", "run", "num_workers")  # what may differ between the runs of one row
 ONE_SEED = "one seed"
 UNCLEAR = "not distinguishable"
+HOLDS, PARTLY, FAILS = "holds", "partly", "does not hold"
 
 
 class Mean(NamedTuple):
@@ -69,6 +70,11 @@ def judge_difference(difference: Mean, *, below: str, above: str) -> str:
     if difference.margin is None:
         return ONE_SEED
     return below if difference.high < 0 else above if difference.low > 0 else UNCLEAR
+
+
+def name_verdict(verdict: str) -> str:
+    """Put a study's verdict into words: it is about the network that was studied, not about the paper's."""
+    return f"{verdict} for this network" if verdict in (HOLDS, PARTLY, FAILS) else verdict
 
 
 def by_seed(records: Iterable[Record], name: str) -> dict[object, float]:

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from fasternet.records import Machine, Record
-from fasternet.report.claims import count_verdicts, list_claims
+from fasternet.report.approximation import name_network
+from fasternet.report.claims import Verdict, count_verdicts, list_claims
 from fasternet.report.compare import Timing, scaled
 from fasternet.report.learning import Learned, find_learned
 from fasternet.report.markup import Html, join, power_of_ten, tag
@@ -26,6 +27,11 @@ from fasternet.report.sources import COMPARABLE, Source, comparable, group, newe
 from fasternet.report.training import last_epochs
 
 MAX_CLAIMS = 4  # of a kind
+STUDIED: Mapping[Verdict, str] = {
+    "partly": "partly",
+    "not distinguishable": "not distinguishable",
+    "does not hold": "not",
+}
 HEADLINES = ("deploy", "training-speed")  # suites whose ratios come first
 
 
@@ -136,16 +142,26 @@ def _tell_flops(sources: Sequence[Source]) -> list[Html]:
 
 
 def _tell_claims(sources: Sequence[Source], machines: Mapping[str, Machine]) -> list[Html]:
-    """Tell how many of the paper's claims hold, where any was measured."""
-    claims = list_claims(sources, machines)
-    if not (measured := [claim for claim in claims if claim.machine and claim.eager]):
-        return []
-    counts = count_verdicts(measured)
-    computed = count_verdicts([claim for claim in claims if claim.eager and not claim.machine])["holds"]
+    """Tell how many of the paper's claims hold, where any was measured; those that a study judged, apart."""
+    claims, facts = list_claims(sources, machines), []
+    studied = [claim for claim in claims if claim.is_studied]
+    measured = [claim for claim in claims if claim.machine and claim.eager and not claim.is_studied]
     link = tag("a", "claims of the paper", href="#section-claims")
-    rest = f"{counts['partly']} partly, {counts['does not hold']} not. {computed} more hold by computation, "
-    rest += f"{count_verdicts(claims)['not run']} were not run"
-    return [_fact(f"{counts['holds']} of {len(measured)}", "measured ", link, f" hold in eager PyTorch; {rest}")]
+    if measured:
+        counts = count_verdicts(measured)
+        computed = count_verdicts([claim for claim in claims if claim.eager and not claim.machine])["holds"]
+        rest = f"{counts['partly']} partly, {counts['does not hold']} not. {computed} more hold by computation, "
+        rest += f"{count_verdicts(claims)['not run']} were not run"
+        facts.append(
+            _fact(f"{counts['holds']} of {len(measured)}", "measured ", link, f" hold in eager PyTorch; {rest}")
+        )
+    if studied:
+        counts = count_verdicts(studied)
+        rest = ", ".join(f"{counts[v]} {word}" for v, word in STUDIED.items() if counts[v])
+        networks = unique(name_network(claim.eager.records[0].condition) for claim in studied if claim.eager)
+        told = f" hold on networks at hand, {', '.join(networks)}{f'; {rest}' if rest else ''}"
+        facts.append(_fact(f"{counts['holds']} of {len(studied)}", link, " about trained networks", told))
+    return facts
 
 
 def _of_one_setting(rows: list[tuple[Record, Timing]]) -> list[tuple[Record, Timing]]:

@@ -56,10 +56,11 @@ def describe_surgery(record: Record) -> str:
 def _tell_options(record: Record) -> dict[str, object]:
     condition = record.condition
     kind = condition.get("operator", condition.get("kind"))
-    size, data = condition.get("input_size"), condition.get("data")
+    size, data, num_images = (condition.get(name) for name in ("input_size", "data", "num_images"))
     start = STARTS.get(str(condition.get("init")), condition.get("init"))
     if condition.get("init") == "approximate":
-        start = f"{start}, {f'maps of {data}' if data else 'weights'}"
+        pictures = f"{num_images} pictures of {data}" if num_images else data
+        start = f"{start}, {f'maps of {pictures}' if data else 'weights'}"
     return {
         "select": condition.get("select"),
         "operator": KINDS.get(str(kind), kind),
@@ -153,12 +154,13 @@ def _list_columns(records: Sequence[Record]) -> list[Column[Record]]:
 
 def _list_rows(record: Record, name: str) -> list[dict[str, Any]]:
     rows = record.values.get(name)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list | tuple) else []
 
 
 def _show_layers(key: str, record: Record) -> Html:
     """Make the folded list of a network's layers: replaced, widened, and skipped with the reason."""
-    replaced, skipped, widened = (_list_rows(record, name) for name in ("replaced", "skipped", "widened"))
+    replaced, widened = (_list_rows(record, name) for name in ("replaced", "widened"))
+    skipped = _list_rows(record, "skipped")
     told = f"{describe_surgery(record)}: {len(replaced)} replaced, {len(skipped)} skipped, {len(widened)} widened"
     tables = []
     if replaced:
@@ -170,14 +172,15 @@ def _show_layers(key: str, record: Record) -> Html:
             Column("after", lambda row: row.get("after"), ",.0f"),
         ]
         tables.append(table("surgery-layers", columns, widened[:MAX_LISTED]))
-    if skipped:
+    for label, rows in (("Not widened", _list_rows(record, "not_widened")), ("Skipped", skipped)):
         reasons: list[Column[dict[str, Any]]] = [
-            Column("Skipped", lambda row: str(row.get("name"))),
+            Column(label, lambda row: str(row.get("name"))),
             Column("because", lambda row: str(row.get("reason"))),
         ]
-        tables.append(table("surgery-layers", reasons, skipped[:MAX_LISTED]))
+        tables += [table("surgery-layers", reasons, rows[:MAX_LISTED])] if rows else []
     spaced = (tag("div", html, style="margin-top: 1rem") for html in tables)
-    return tag("details", tag("summary", told), *spaced, id=key)
+    notes = (tag("p", note) for note in record.values.get("notes") or ())
+    return tag("details", tag("summary", told), *notes, *spaced, id=key)
 
 
 def _list_replaced_columns() -> list[Column[dict[str, Any]]]:
@@ -201,7 +204,8 @@ def _list_replaced_columns() -> list[Column[dict[str, Any]]]:
 
 
 LAYERS = (
-    "Relative error: what is left of the convolution’s output after the best PConv + PWConv, over the output itself; "
-    "0 is the same function, 1 nothing of it. It is of white input where the weights alone were at hand, of feature "
-    "maps where pictures were; there is none for random weights."
+    "Relative error: what the replacement misses of the convolution’s output, mean square, over the variance of that "
+    "output; 0 is the same function, 1 no better than the mean, and above 1 occurs. It is of white input where the "
+    "weights alone were at hand; where pictures were, of their feature maps, and of every fifth picture, held out of "
+    "the fit. There is none for random weights, nor with fewer than five pictures."
 )

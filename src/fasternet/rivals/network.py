@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fasternet.models import convert
@@ -15,6 +16,9 @@ from fasternet.models.checkpoint import WEIGHTS_FILE, read_config
 from fasternet.models.fasternet import VARIANTS
 from fasternet.models.registry import create_model
 from fasternet.rivals.registry import Rival, create_own, list_rivals
+
+if TYPE_CHECKING:
+    from fasternet.models.surgery import Init
 
 
 def is_fasternet(name: str) -> bool:
@@ -41,6 +45,11 @@ def resolve_network(name: str) -> Rival:
         if name == rival.name:
             return rival
         if architecture == rival.builder and (rival.source == "timm" or name == architecture):
+            if rival.source == "timm":
+                try:
+                    timm.get_pretrained_cfg(name)
+                except RuntimeError as error:  # a tag that there is not
+                    raise ValueError(f"unknown network {name!r}: {error}") from None
             return dataclasses.replace(rival, builder=name)
     if timm.is_model(name):
         return Rival(architecture, "timm", name, timm.get_pretrained_cfg(name).input_size[-1])
@@ -66,8 +75,8 @@ def create_network(
         checkpoint_path: Weights to start from: a model folder, a run folder (its ``best``), or a weights file.
         pretrained: Start from published weights, downloading them once.
         **options: What the network's builder takes: fields of ``FasterNetConfig``, or options of timm's network;
-            ``surgery``, the options of ``replace_convs``, puts PConv into a network that is no FasterNet; it is
-            taken from a checkpoint that has it.
+            ``surgery``, a list of options of ``replace_convs`` that are applied in turn, puts PConv into a network
+            that is no FasterNet: fitted to published weights, else at random. A checkpoint that has it brings it.
 
     Returns:
         The network in training mode.
@@ -96,7 +105,7 @@ def create_network(
 
 
 def read_surgery(path: Path) -> dict[str, Any]:
-    """Return ``surgery``, the options of ``replace_convs``, of a model folder whose network was operated on."""
+    """Return ``surgery``, a list of options of ``replace_convs``, of a folder whose network was operated on."""
     options = read_config(path)[1].get("model_args", {}) if path.is_dir() else {}
     return {"surgery": options["surgery"]} if "surgery" in options else {}
 
@@ -107,25 +116,37 @@ def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *,
     Returns:
         The network, with ``num_classes`` and ``build_options``, which a model folder keeps.
     """
-    if surgery := options.get("surgery"):
-        from fasternet.models.surgery import replace_convs
+    rest = {key: value for key, value in options.items() if key != "surgery"}
+    model = _build_original(rival, num_classes, rest, pretrained=pretrained)
+    for operation in options.get("surgery") or ():
+        model = _operate(rival, model, operation, init="approximate" if pretrained else "random")
+    model.num_classes = num_classes  # type: ignore[assignment]
+    model.build_options = dict(options)  # type: ignore[assignment]
+    return model
 
-        rest = {key: value for key, value in options.items() if key != "surgery"}
-        original = build_network(rival, num_classes, rest, pretrained=pretrained)
-        model, _ = replace_convs(original, **surgery, init="random", measure=False)
-        model.build_options = dict(options)  # type: ignore[assignment]
-        return model
+
+def _operate(rival: Rival, model: nn.Module, operation: Mapping[str, Any], init: Init) -> nn.Module:
+    from fasternet.models.surgery import replace_convs
+
+    try:
+        operation = {"seed": int(torch.randint(2**31, ())), **operation}
+        return replace_convs(model, **operation, init=init, measure=False)[0]
+    except TypeError as error:
+        raise ValueError(f"{rival.name} cannot be built with surgery {operation}: {error}") from None
+
+
+def _build_original(rival: Rival, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
     try:
         if rival.source == "fasternet":
             if pretrained:
                 raise ValueError("there are no pretrained weights of it; give a file with checkpoint_path")
-            model = create_own(rival.builder, num_classes, **options)
-        elif rival.source == "torchvision":
-            model = _build_torchvision(rival.builder, num_classes, pretrained, options)
-        else:
-            import timm
+            return create_own(rival.builder, num_classes, **options)
+        if rival.source == "torchvision":
+            return _build_torchvision(rival.builder, num_classes, pretrained, options)
+        import timm
 
-            model = timm.create_model(rival.builder, pretrained=pretrained, num_classes=num_classes, **options)
+        model = timm.create_model(rival.builder, pretrained=pretrained, num_classes=num_classes, **options)
+        return cast(nn.Module, model)
     except TypeError as error:
         raise ValueError(f"{rival.name} cannot be built with {options}: {error}") from None
     except Exception as error:  # the hub, timm and torchvision each have their own
@@ -135,9 +156,6 @@ def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *,
             f"cannot download the weights of {rival.name} ({_first_line(error)}): "
             "without a network, give a file with checkpoint_path"
         ) from None
-    model.num_classes = num_classes  # type: ignore[assignment]
-    model.build_options = dict(options)  # type: ignore[assignment]
-    return model
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, replace_classifier: bool = False) -> None:

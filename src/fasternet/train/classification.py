@@ -215,7 +215,9 @@ def train(
         device: Where to compute.
         hooks: What the run tells and asks while it goes on.
     """
-    options = {**(model_options or {}), **_find_surgery(output if resume else checkpoint)}
+    options = dict(model_options or {})
+    if not is_fasternet(model_name):
+        options |= _read_logged_surgery(output) if resume else read_surgery(checkpoint) if checkpoint else {}
 
     def create(recipe: Recipe, target: torch.device, world: World, fresh: bool) -> Classification:
         return create_classification(
@@ -233,14 +235,11 @@ def train(
     return train_task(create, output, recipe=recipe, resume=resume, begins_with=begins_with, device=device, hooks=hooks)
 
 
-def _find_surgery(source: Path | None) -> dict[str, Any]:
-    """Return which convolutions of the network were replaced, as a model folder or the log of a run has it."""
-    if source is None:
-        return {}
-    log = source / "log.jsonl"
-    if not log.is_file():
-        return read_surgery(source)
-    found = load_records(log)[0].condition.get("model_options", {})
+def _read_logged_surgery(run: Path) -> dict[str, Any]:
+    """Return which convolutions of a run's network were replaced, as its log has it."""
+    log = run / "log.jsonl"
+    records = load_records(log) if log.is_file() else []
+    found = records[0].condition.get("model_options", {}) if records else {}
     return {"surgery": found["surgery"]} if "surgery" in found else {}
 
 
