@@ -334,7 +334,7 @@ def _solve(model: nn.Module, maps: Sequence[LayerMap], batches: Iterable[Tensor]
 def _create(label: str, map: LayerMap, seed: int, device: torch.device) -> nn.Module:
     """Create an operator with weights of its own, whatever else is trained beside it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed} {map.layer.name} {label}".encode()))
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {map.layer.name} {label}".encode()))
         return OPERATORS[label](*map.channels, map.has_bias).to(device).to(memory_format=torch.channels_last)
 
 

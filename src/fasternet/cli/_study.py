@@ -36,6 +36,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study in 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
 NumImages = Annotated[int, typer.Option(min=1, help="Pictures, drawn by lot.")]
 InputSize = Annotated[int | None, typer.Option(min=32, help="Side of the pictures. [default: the network's own]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: CUDA where there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print the records as one JSON document.")]
 
 
@@ -59,7 +60,9 @@ def open_study(name: str, output: Path | None, *, resume: bool) -> Path:
     return folder
 
 
-def load_network(model: str | None, default: str, checkpoint: Path | None, data: str | None) -> Reference:
+def load_network(
+    model: str | None, default: str, checkpoint: Path | None, data: str | None, device: str | None = "cpu"
+) -> Reference:
     """Load the network of a study.
 
     Args:
@@ -68,20 +71,25 @@ def load_network(model: str | None, default: str, checkpoint: Path | None, data:
             pictures once, on the whole data set where they are a part of one.
         checkpoint: A trained network, in place of both.
         data: The pictures.
+        device: Where it computes.
     """
     from fasternet.analysis.reference import load_reference
     from fasternet.cli._training import show_progress
+    from fasternet.train.device import select_device
     from fasternet.train.loop import Hooks
 
+    target = select_device(device)
     own = None if model is not None or data is None else _find_data_set(data)
     with show_progress() as progress:
-        return load_reference(
+        reference = load_reference(
             model or default,
             checkpoint=checkpoint,
             data=None if own is None else str(own),
             folder=None if own is None else _name_run(own),
             hooks=Hooks(progress=progress, say=note),
         )
+    reference.model.to(target)
+    return reference
 
 
 def _name_run(data: Path) -> Path:

@@ -16,6 +16,7 @@ from fasternet.cli._study import (
     RESNET50,
     Checkpoint,
     Data,
+    Device,
     InputSize,
     Json,
     Model,
@@ -55,6 +56,7 @@ def approximation(
     num_images: NumImages = 3000,
     input_size: InputSize = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
+    device: Device = None,
     output: Output = None,
     resume: Resume = False,
     json: Json = False,
@@ -76,7 +78,7 @@ def approximation(
 
     def measure(known: list[Record]) -> Iterator[Record]:
         return measure_approximation(
-            load_network(model, RESNET50, checkpoint, data),
+            load_network(model, RESNET50, checkpoint, data, device),
             pictures,
             data=name_data(data),
             layers=names,
@@ -105,6 +107,7 @@ def redundancy(
     num_images: NumImages = 256,
     input_size: InputSize = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 0,
+    device: Device = None,
     output: Output = None,
     resume: Resume = False,
     json: Json = False,
@@ -122,7 +125,7 @@ def redundancy(
 
     def measure(known: list[Record]) -> Iterator[Record]:
         return measure_redundancy(
-            load_network(model, RESNET50, checkpoint, data),
+            load_network(model, RESNET50, checkpoint, data, device),
             pictures,
             folder,
             data=picture.name if data is None else name_data(data),
@@ -178,6 +181,7 @@ def ablation(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Measure the latencies too, also of full.")
     ] = True,
+    device: Device = None,
     output: Output = None,
     resume: Resume = False,
     json: Json = False,
@@ -195,6 +199,7 @@ def ablation(
     num_classes = len(create_datasets(data).class_names)
     shared: dict[str, Any] = {"variants": split(variants), "track": track}
     training: dict[str, Any] = {"size": size, "epochs": epochs, "num_train": num_train, "seeds": range(seeds)}
+    training["device"] = device
 
     def measure(known: list[Record]) -> Iterator[Record]:
         yield from measure_ablation(data, data=name_data(data), known=known, say=note, **training, **shared)
