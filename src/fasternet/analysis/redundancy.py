@@ -64,7 +64,7 @@ def measure_redundancy(
     Args:
         reference: The network.
         pictures: Over which the numbers are taken.
-        folder: Grids of maps are written to ``pictures/<layer>.png`` in it.
+        folder: Grids of maps are written to ``pictures/<picture>-<layer>.png`` in it.
         data: What the records call the pictures.
         layers: Modules whose outputs (N, C, H, W) are looked at; default is ``find_blocks``.
         picture: Whose maps are drawn; None draws none.
@@ -267,7 +267,7 @@ def _save_grids(
     with capture(model, names) as maps:
         model(images.to(next(model.parameters()).device))
     for name in names:
-        path = f"pictures/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
+        path = f"pictures/{re.sub(r'[^A-Za-z0-9_.-]', '_', f'{picture.stem}-{name}')}.png"
         grid, num_shown = draw_grid(_take(maps, name)[0].cpu().numpy(), shown)
         grid.save(folder / path, optimize=True)
         found[name] = (path, num_shown)
