@@ -39,7 +39,7 @@ def _create_reference(*, norm=False, inplace=False, channels=16) -> Reference:
     model.add_module("stem", nn.Conv2d(3, channels, 4, stride=4))
     model.add_module("conv", conv)
     if norm:
-        model.add_module("bn", nn.BatchNorm2d(channels, eps=0))
+        model.add_module("bn", nn.BatchNorm2d(channels, eps=1e-12))
         model.bn.weight.data.fill_(2)
     model.add_module("act", nn.ReLU(inplace=inplace))
     preprocessing = Preprocessing(input_size=16, crop_ratio=1.0)
