@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from fasternet.analysis.variants import SIZES, choose_variants, create_variant, 
 from fasternet.deploy import fold_batch_norm
 from fasternet.deploy.verify import describe_difference
 from fasternet.environment import create_record, set_threads
+from fasternet.measured import create_ratio_records, describe_latency
 from fasternet.records import Record
 from fasternet.rivals import randomize_batch_norm
-from fasternet.timing import Measurement, Ratio, Track, measure, silent
+from fasternet.timing import Track, measure, silent
 
 MAX_DIFFERENCE = 5e-4  # of the largest output; folding BN rounds
 
@@ -69,10 +69,14 @@ def measure_ablation_latency(
         measured = measure(
             {label: call for label, (call, _) in forms.items()}, baseline="base", track=track, **settings
         )
-    for label, (_, values) in forms.items():
-        yield _create_latency_record(label, condition, {**values, **moment}, measured)
-    for label in labels:
-        yield _create_ratio_record(label, condition, measured)
+    for label, (_, described) in forms.items():
+        values = {**describe_latency(measured, label), **described, **moment}
+        values |= {"images_per_second": 1e3 / values["latency_ms"]}
+        values |= {"macs_per_second": values["images_per_second"] * values["macs"]}
+        samples = {"latency_ms": measured.samples_ms[label]}
+        yield create_record("ablation", "latency", label, condition=condition, values=values, samples=samples)
+    pairs = [(label, "base") for label in labels]
+    yield from create_ratio_records("ablation", measured, pairs, dict.fromkeys(labels, condition))
 
 
 @torch.no_grad()
@@ -99,43 +103,3 @@ def _deploy(label: str, size: str, num_classes: int) -> tuple[Callable[[], objec
     better = min(calls, key=lambda name: trial.summary(name).min_ms)
     described = summarize_variant(label, network, size=size)
     return calls[better], {**described, "memory_format": better, "relative_difference": differences[better]}
-
-
-def _create_latency_record(
-    label: str, condition: Mapping[str, Any], values: Mapping[str, Any], measured: Measurement
-) -> Record:
-    summary = measured.summary(label)
-    latency = {
-        "latency_ms": summary.median_ms,
-        **{f"latency_ms_{name}": getattr(summary, f"{name}_ms") for name in ("min", "low", "high", "p90", "p99")},
-        **{"spread": summary.spread, "unstable": summary.unstable},
-        "num_loops": measured.num_loops[label],
-        "images_per_second": 1e3 / summary.median_ms,
-        "macs_per_second": 1e3 / summary.median_ms * values["macs"],
-    }
-    samples = {"latency_ms": measured.samples_ms[label]}
-    return create_record(
-        "ablation", "latency", label, condition=condition, values={**latency, **values}, samples=samples
-    )
-
-
-def _create_ratio_record(label: str, condition: Mapping[str, Any], measured: Measurement) -> Record:
-    """Record a variant's ratio to the base; of the base itself, the A/A control with the run's warnings."""
-    is_control = label == measured.baseline
-    ratio: Ratio = measured.a_a if is_control else measured.ratio(label, measured.baseline)
-    baseline = {"baseline": measured.baseline, "baseline_engine": "eager", "baseline_precision": "fp32"}
-    values = {
-        **dataclasses.asdict(ratio),
-        "a_a_spread": measured.a_a.spread,
-        "num_blocks": len(measured.control_ms),
-        **({"warnings": list(measured.warnings)} if is_control else {}),
-    }
-    values["ratio"] = values.pop("value")
-    return create_record(
-        "ablation",
-        "ratio",
-        label,
-        condition={**condition, **baseline, "metric": "latency_ms"},
-        values=values,
-        samples={"latency_ms": measured.control_ms} if is_control else {},
-    )

@@ -28,7 +28,6 @@ from fasternet.benchmark.results import (
     create_failure_record,
     create_latency_record,
     create_peak_records,
-    create_ratio_records,
     describe_failure,
     measure_register_peaks,
 )
@@ -37,6 +36,7 @@ from fasternet.complexity import count_costs
 from fasternet.deploy import explain_engine
 from fasternet.deploy.verify import describe_difference
 from fasternet.environment import create_record, set_threads
+from fasternet.measured import create_ratio_records
 from fasternet.models import create_model
 from fasternet.records import Record
 from fasternet.timing import Measurement, Peak, Track, measure, measure_peaks, silent

@@ -17,13 +17,13 @@ from fasternet.benchmark.results import (
     check_arguments,
     choose_settings,
     create_peak_records,
-    create_ratio_records,
     describe_failure,
     measure_candidates,
     measure_register_peaks,
 )
 from fasternet.deploy import explain_engine
 from fasternet.environment import create_record, describe_machine, describe_software, set_threads
+from fasternet.measured import create_ratio_records
 from fasternet.ops import list_impls
 from fasternet.paper import load_table
 from fasternet.records import Record

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fasternet.benchmark.plain_loop import PlainLoop
-from fasternet.benchmark.results import check_arguments, create_ratio_records, describe_failure, describe_latency
+from fasternet.benchmark.results import check_arguments, describe_failure
 from fasternet.data.datasets import ImageDataset
 from fasternet.environment import create_record, describe_machine, set_threads
+from fasternet.measured import create_ratio_records, describe_latency
 from fasternet.models import convert
 from fasternet.models.fasternet import FasterNet
 from fasternet.records import Record

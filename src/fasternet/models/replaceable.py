@@ -14,16 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from fasternet.complexity import Costs
-from fasternet.models.reads import count_reads
+from fasternet.models.reads import ACTIVATIONS, count_reads
 from fasternet.models.surgery_report import Skipped
 
 Select = Literal["regular", "depthwise", "all"] | str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Kind = Literal["pconv", "pconv_alone"]
 
-_PASSING = (  # what may stand between a PConv without PWConv and the pointwise convolution after it
-    *(nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardtanh),
-)
+# What may stand between a PConv without PWConv and the pointwise convolution after it.
+_PASSING = (nn.BatchNorm2d, *ACTIVATIONS)
 
 
 def find_selector(select: Select) -> Callable[[str, nn.Conv2d], bool]:

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fasternet.models.reads import ACTIVATIONS
+
 Cost = Callable[[nn.Conv2d, int, int], tuple[float, float]]
 
 RIGHT = "its width is right already"
@@ -32,8 +34,8 @@ _ELEMENTWISE = {
     *("sigmoid", "tanh", "hardsigmoid", "hardswish", "hardtanh", "dropout", "contiguous"),
 }
 _CHANNELWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity),
+    *ACTIVATIONS,
+    nn.Identity,
     *(nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.Upsample),
 )
 

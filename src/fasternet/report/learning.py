@@ -12,9 +12,9 @@ from fasternet.records import Machine, Record
 from fasternet.report.compare import scaled
 from fasternet.report.markup import Cell, Column, Html, figure, table, tag
 from fasternet.report.provenance import number, provenance, unique
+from fasternet.report.seeds import UNLIKE
 from fasternet.report.sources import Source, select
 
-PER_RUN = ("seed", "run", "num_workers")  # what may differ between the runs of one row
 PLOT_WIDTH, PLOT_HEIGHT = 132, 22  # CSS pixels
 MIN_DEVIATION_RUNS = 3
 TOLD = ("select", "match")  # of an operation of surgery, beside its kind
@@ -41,7 +41,7 @@ class Learned:
     @property
     def condition(self) -> dict[str, Any]:
         """Data and recipe."""
-        return {name: value for name, value in self.runs[0].condition.items() if name not in PER_RUN}
+        return {name: value for name, value in self.runs[0].condition.items() if name not in UNLIKE}
 
     @property
     def seeds(self) -> list[str]:
@@ -81,7 +81,7 @@ def find_learned(sources: Sequence[Source]) -> list[Learned]:
 
 
 def _key(run: Record) -> str:
-    condition = {name: value for name, value in run.condition.items() if name not in PER_RUN}
+    condition = {name: value for name, value in run.condition.items() if name not in UNLIKE}
     return json.dumps([run.machine, run.subject, condition], sort_keys=True, default=str)
 
 
