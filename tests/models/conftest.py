@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 TINY = {"width": 8, "depths": (1, 1, 2, 1), "head_width": 16, "num_classes": 5}
@@ -23,6 +24,27 @@ def tiny() -> dict:
 @pytest.fixture
 def randomise() -> Callable[..., nn.Module]:
     return _randomise
+
+
+@pytest.fixture(scope="session")
+def randomise_norms() -> Callable[..., nn.Module]:
+    """Give BN statistics of their own, and leave the rest as it is."""
+
+    def randomise(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+        return model
+
+    return randomise
+
+
+@pytest.fixture(scope="module")
+def resnet18(randomise_norms: Callable[..., nn.Module]) -> nn.Module:
+    """Return torchvision's, for five classes."""
+    torch.manual_seed(0)
+    return randomise_norms(torchvision.models.resnet18(num_classes=5)).eval()
 
 
 @pytest.fixture

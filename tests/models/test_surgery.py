@@ -9,9 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fasternet import timing
 from fasternet.complexity import count_costs
-from fasternet.models import surgery
 from fasternet.models.surgery import replace_convs
 from fasternet.ops import PConv2d
 from fasternet.ops.pconv_nd import PConvPWConv
@@ -90,20 +88,6 @@ class Odd(nn.Module):
         x = self.tied_too(self.tied(self.normed(self.transposed(x))))
         x = torch.conv2d(x, self.weight_only.weight)
         return self.stride_3(self.few(self.narrow(x)))
-
-
-def randomise_norms(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model
-
-
-@pytest.fixture(scope="module")
-def resnet18():
-    torch.manual_seed(0)
-    return randomise_norms(torchvision.models.resnet18(num_classes=5)).eval()
 
 
 def test_resnet18_gets_a_replacement_for_every_3x3_convolution(resnet18):
@@ -240,7 +224,7 @@ def test_depthwise_convolutions_of_mobilenet_v2():
     assert narrow.macs_after == pytest.approx(narrow.macs_before, rel=0.05)
 
 
-def test_c2f_block():
+def test_c2f_block(randomise_norms):
     model = randomise_norms(C2f()).eval()
     new, report = replace_convs(model, input_shape=(1, 16, 9, 10), measure=False)
     assert [r.name for r in report.replaced] == [
@@ -357,74 +341,3 @@ def test_trainable_state_and_precision_are_kept():
     assert [p.requires_grad for p in new.parameters()] == [False] * 3 + [True] * 3
     assert {p.dtype for p in new.parameters()} == {torch.float64}
     assert [layer.training for layer in new] == [False, True]
-
-
-def test_seed_alone_decides_what_is_drawn(resnet18, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the caller's GPUs are seeded"))
-    settings = {"init": "random", "input_shape": SMALL, "measure": False}
-    weights = []
-    for seed in (0, 0, 1):
-        torch.rand(7)
-        new, _ = replace_convs(resnet18, "layer1.*", seed=seed, **settings)
-        weights.append(new.layer1[0].conv1.pwconv.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_latency_and_the_report_as_text(monkeypatch):
-    measured = timing.measure
-    calls = []
-
-    def quick(candidates, **settings):
-        calls.append({name: call.func for name, call in candidates.items()})
-        return measured(candidates, **settings, num_blocks=6, min_block_s=1e-4, warmup_s=0)
-
-    monkeypatch.setattr(surgery.timing, "measure", quick)
-    model = nn.Sequential(Unit(8, 8, 3), Unit(8, 8, 3)).train()
-    _, report = replace_convs(model, input_shape=(1, 8, 16, 16))
-    latency = report.latency
-    assert latency.before_ms > 0
-    assert latency.low <= latency.ratio <= latency.high
-    assert (latency.engine, latency.threads) == ("eager, as given", 1)
-    text = str(report)
-    assert re.search(r"^parameters 1\.184 -> 0\.\d+ k \(0\.\d+ times\)$", text, re.MULTILINE)
-    assert text.splitlines()[-1].startswith("accuracy: not the given network's before fine-tuning")
-    assert re.search(r"^0\.conv +8 +8 +3 +1 ", text, re.MULTILINE)
-    assert "eager, as given" in text
-    assert "multiply-adds" in text
-    _, report = replace_convs(model, input_shape=(1, 8, 16, 16), prepare=lambda network: nn.Sequential(network))
-    assert report.latency.engine == "eager, prepared"
-    assert [len(network) for network in calls[1].values()] == [1, 1]
-    assert not any(network.training for network in calls[0].values())
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"kind": "conv"}, "kind 'conv' is not one of pconv, pconv_alone"),
-        ({"match": "flops"}, "match 'flops' is not one of none, macs, params"),
-        ({"init": "zero"}, "init 'zero' is not one of approximate, random"),
-        ({"select": "layer("}, "select 'layer\\(' is not regular, depthwise, all, a regular expression, .*: missing"),
-        ({"select": "layer9.*"}, "matches none of the convolutions that can be replaced: layer1.0.conv1, layer1.0"),
-        ({"select": "depthwise"}, "select 'depthwise' matches none"),
-        ({"select": "conv1"}, r"matches none .*; it matches conv1 \(3 input channels"),
-        ({"select": ["layer1.0.conv1", "layer9"]}, "no k x k convolution of model: layer9"),
-        ({"select": 5}, "select 5 is not regular, depthwise, all, a regular expression, names"),
-        ({"threads": 0, "measure": True}, "threads must be from 1 to"),
-        ({"images": torch.zeros(2, 5, 32, 32)}, r"images of the shape \(2, 5, 32, 32\) do not fit the network: "),
-        ({"partial_ratio": 0.0}, r"partial_ratio must be in \(0, 1\]"),
-        ({"input_shape": (1, 5, 32, 32)}, "input_shape"),
-        ({"images": torch.zeros(3, 32, 32)}, r"images must be .* got float32 \(3, 32, 32\)"),
-        ({"images": torch.full((1, 3, 8, 8), float("nan"))}, "images must be finite"),
-        ({"images": torch.zeros(1, 3, 8, 8), "init": "random"}, "images are for init 'approximate'"),
-    ],
-)
-def test_bad_arguments_are_refused_in_one_sentence(resnet18, arguments, words):
-    with pytest.raises(ValueError, match=words):
-        replace_convs(resnet18, **{"input_shape": SMALL, "measure": False, **arguments})
-
-
-def test_network_without_anything_to_replace_is_refused():
-    with pytest.raises(ValueError, match=r"nothing in model can be replaced .*it has no k x k convolution"):
-        replace_convs(nn.Sequential(nn.Conv2d(3, 8, 1)), input_shape=SMALL, measure=False)

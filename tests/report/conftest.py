@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,32 @@ def write_run(folder: Path) -> Path:
         (folder / "pictures" / f"{index:02}.png").write_bytes(make_picture(10 * index))
     save_machine(folder / "machines", MACHINE)
     return folder
+
+
+ABLATED = {
+    "base": ("base", "r = 1/4, BN, GELU, PConv of kernel 3 over the first channels", 60.0),
+    "r=1/8": ("partial ratio", "r = 1/8, equal multiply-adds by width 17 (base 16)", 59.5),
+    "LN": ("normalization", "LayerNorm over the channels in place of every BN", 55.0),
+    "kernel 5": ("kernel size", "PConv of kernel 5", 62.0),
+}
+
+
+def make_ablation(seeds: int = 3) -> list[Record]:
+    recipe = {"size": "small", "data": "cifar10", "epochs": 8, "batch_size": 64, "lr": 0.004, "input_size": 64}
+    recipe |= {"num_train": 6000, "num_validation": 2000, "precision": "fp32"}
+    records = []
+    rng = random.Random(0)
+    for name, (group, differs, top1) in ABLATED.items():
+        for seed in range(seeds):
+            values = {"group": group, "differs": differs, "top1": top1 + 0.4 * seed + 0.2 * rng.random()}
+            values |= {"validation_loss": 1.1, "train_loss": 1.0, "num_params": 210_000, "macs": 9_100_000}
+            condition = recipe | {"seed": seed}
+            records.append(make("ablation", "study", name, condition=condition, values=values | {"seconds": 9}))
+    condition = CPU | {"size": "small", "input_size": 64}
+    for name, ratio in (("base", 1.0), ("r=1/8", 1.01), ("LN", 1.3), ("kernel 5", 1.1)):
+        records.append(make_latency("ablation", name, 3 * ratio, condition, macs=9e6))
+        records.append(make_ratio("ablation", name, "base", ratio, condition))
+    return records
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import random
 import re
 import statistics
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import pytest
 
 from fasternet.records import Record, append_records
 from fasternet.report import create_report
-from fasternet.report.ablation import list_variants, show_ablation
 from fasternet.report.approximation import (
     ABSOLUTE,
     CLOSED_FORM,
@@ -25,10 +23,8 @@ from fasternet.report.approximation import (
 )
 from fasternet.report.claims import FIGURE6, TABLE2, list_claims, show_claims
 from fasternet.report.page import render_item
-from fasternet.report.ratios import show_ratios
 from fasternet.report.redundancy import show_redundancy
 from fasternet.report.salience import list_saliences, show_receptive_field, show_salience
-from fasternet.report.seeds import STUDENT_T, Mean, find_difference, find_mean, judge_difference
 from fasternet.report.sources import Source
 from fasternet.report.summary import show_summary
 from fasternet.report.table2 import show_approximation
@@ -133,35 +129,9 @@ def make_fields(make: Callable[..., Record]) -> list[Record]:
     return records
 
 
-ABLATED = {
-    "base": ("base", "r = 1/4, BN, GELU, PConv of kernel 3 over the first channels", 60.0),
-    "r=1/8": ("partial ratio", "r = 1/8, equal multiply-adds by width 17 (base 16)", 59.5),
-    "LN": ("normalization", "LayerNorm over the channels in place of every BN", 55.0),
-    "kernel 5": ("kernel size", "PConv of kernel 5", 62.0),
-}
-
-
-def make_ablation(example: ModuleType, seeds: int = 3) -> list[Record]:
-    recipe = {"size": "small", "data": "cifar10", "epochs": 8, "batch_size": 64, "lr": 0.004, "input_size": 64}
-    recipe |= {"num_train": 6000, "num_validation": 2000, "precision": "fp32"}
-    records = []
-    rng = random.Random(0)
-    for name, (group, differs, top1) in ABLATED.items():
-        for seed in range(seeds):
-            values = {"group": group, "differs": differs, "top1": top1 + 0.4 * seed + 0.2 * rng.random()}
-            values |= {"validation_loss": 1.1, "train_loss": 1.0, "num_params": 210_000, "macs": 9_100_000}
-            condition = recipe | {"seed": seed}
-            records.append(example.make("ablation", "study", name, condition=condition, values=values | {"seconds": 9}))
-    condition = example.CPU | {"size": "small", "input_size": 64}
-    for name, ratio in (("base", 1.0), ("r=1/8", 1.01), ("LN", 1.3), ("kernel 5", 1.1)):
-        records.append(example.make_latency("ablation", name, 3 * ratio, condition, macs=9e6))
-        records.append(example.make_ratio("ablation", name, "base", ratio, condition))
-    return records
-
-
 def make_studies(example: ModuleType) -> list[Record]:
     records = [*make_approximation(example.make), *make_redundancy(example.make), *make_fields(example.make)]
-    return [*records, *make_salience(example.make), *make_ablation(example)]
+    return [*records, *make_salience(example.make), *example.make_ablation()]
 
 
 def test_page_has_the_studies_and_safe_unique_markup(example: ModuleType, write: Write, tmp_path: Path) -> None:
@@ -178,27 +148,6 @@ def test_page_has_the_studies_and_safe_unique_markup(example: ModuleType, write:
     titles = ["Table 2. Loss", "Figure 3.", "Figure 5.", "Figure 6.", "Table 5 on small data."]
     places = [shown.index(f">{title}") for title in titles]
     assert places == sorted(places)
-
-
-def test_interval_is_students_t_over_the_seeds() -> None:
-    values = [1.0, 2.0, 4.0]
-    mean = find_mean(values)
-    assert mean is not None
-    assert mean.margin == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3))
-    assert find_mean([5.0]) == Mean(5.0, None, 1)
-    assert find_mean([]) is None
-    assert len(STUDENT_T) == 30
-    assert tuple(sorted(STUDENT_T, reverse=True)) == STUDENT_T
-
-
-def test_difference_is_paired_by_seed() -> None:
-    difference = find_difference({0: 1.0, 1: 11.0, 2: 21.1, 7: 99.0}, {0: 2.0, 1: 12.0, 2: 22.0})
-    assert difference is not None
-    assert difference.num_seeds == 3
-    assert difference.value == pytest.approx(-2.9 / 3)
-    assert judge_difference(difference, below="less", above="more") == "less"  # unpaired, far from it
-    assert judge_difference(Mean(-1.0, 1.5, 3), below="less", above="more") == "not distinguishable"
-    assert judge_difference(Mean(-1.0, None, 1), below="less", above="more") == "one seed"
 
 
 def test_average_is_that_of_the_layers_seed_by_seed(example: ModuleType) -> None:
@@ -313,7 +262,7 @@ def test_figure3_shows_grids_and_numbers(example: ModuleType, tmp_path: Path) ->
         "| layer4.0.conv2 | 4 | 512 × 2 × 2 | 800, too few positions | 0.210 | – | – | – | 24.0 | – | – | – |" in text
     )
     assert "| layer3.0.conv2 | 3 | 256 × 4 × 4 | 3,200 | 0.210 | 8.0 | 76.8 | 30 | 24.0 | 71.0 | 70.0 | 93.0 |" in text
-    assert show_redundancy(read(make_ablation(example)), {}) == []
+    assert show_redundancy(read(example.make_ablation()), {}) == []
 
 
 def test_figure3_is_one_for_each_picture(example: ModuleType) -> None:
@@ -379,66 +328,3 @@ def test_figure5_draws_every_field(example: ModuleType, write: Write) -> None:
     assert html.count("<svg") == 6
     assert html.count("<rect") == 3 * (3**2 + 1) + 3 * (17**2 + 1)
     assert f"| {OWN} | the others | 0.75 | 100.0 |" in render_item("fig5", [write(make_fields(example.make))])
-
-
-def test_ablation_compares_with_the_base(example: ModuleType) -> None:
-    records = make_ablation(example)
-    rows = {row.name: row for row in list_variants(records[:12], records[12:])}
-    assert list(rows) == list(ABLATED)
-    assert rows["base"].difference is None
-    verdicts = {
-        name: judge_difference(row.difference, below="worse", above="better")
-        for name, row in rows.items()
-        if row.difference
-    }
-    assert verdicts == {"r=1/8": "worse", "LN": "worse", "kernel 5": "better"}
-    (html,) = show_ablation(read(records), {})
-    assert "3 seeds, 8 epochs of 6,000 pictures of cifar10 at 64 px, judged on 2,000, not ImageNet." in html
-    assert ">−0.6<" in html  # the paper's r = 1/8
-    assert ">1.30<" in html
-
-
-def test_table5_is_whatever_there_is_of_it(example: ModuleType, write: Write) -> None:
-    text = render_item("table5", [write(make_ablation(example))])
-    assert text.startswith("**Table 5 on small data.")
-    times = [record for record in make_ablation(example) if record.kind != "study"]
-    assert "time alone" in render_item("table5", [write(times)])
-
-
-def test_times_of_the_ablation_stay_out_of_the_headline(example: ModuleType) -> None:
-    records = make_ablation(example)
-    assert show_summary(read(records), {}) == []
-    assert show_claims(read(records), {}) == []
-    assert "Ratios of time, ablation" in show_ratios(read(records), {})[0]
-
-
-def test_both_sizes_of_the_ablation_are_timed_and_told_apart(example: ModuleType) -> None:
-    condition = example.CPU | {"size": "full", "input_size": 224}
-    values = {"unstable": True, "num_batch_norms_left": 5}
-    full = [
-        example.make_latency("ablation", "LN", 44.0, condition, macs=9e6, **values),
-        example.make_ratio("ablation", "LN", "base", 2.5, condition),
-    ]
-    other = [dataclasses.replace(r, machine="other") for r in full]
-    shown = show_ablation(read([*make_ablation(example), *full, *other]), {})
-    assert len(shown) == 2
-    heads = re.findall('scope="colgroup"[^>]*>(.*?)<', shown[0])
-    sizes = ["small, 64 px", "T0, 224 px"]
-    assert [head.partition(":")[0] for head in heads[-4:]] == [*sizes, *(f"Costs, {size}" for size in sizes)]
-    assert "Accuracy is that of the small size alone; the same changes were timed in T0, 224 px too." in shown[0]
-    assert shown[0].count(">5 BN<") == shown[0].count(">cannot be folded<") == 1
-    assert re.search(r">44\.00<a[^>]*>†<", shown[0])
-    assert shown[0].count(">2.50<") == 1
-    assert "T0, 224 px, time alone, other" in shown[1]
-
-
-def test_error_of_the_ablations_times_is_shown(example: ModuleType) -> None:
-    records = make_ablation(example)
-    base = next(i for i, r in enumerate(records) if (r.kind, r.subject) == ("ratio", "base"))
-    records[base] = dataclasses.replace(records[base], values={**records[base].values, "warnings": ["other load: 1.2"]})
-    (html,) = show_ablation(read(records), {})
-    row = re.search(r"<tr><th[^>]*>base</th>(?:(?!</tr>).)*>3.00<.*?</tr>", html)
-    assert row is not None
-    assert ">0.98–1.03<" in row[0]
-    assert ">control<" in row[0]
-    assert "A/A spread, the base against itself: 1.2 %. Warnings of the runs: other load: 1.2." in html
