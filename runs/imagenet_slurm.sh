@@ -14,6 +14,7 @@ imagenet=$1 name=$2 output=$3
 
 main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else processes that are started again may meet addresses of dead ones
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds from SIGTERM to SIGKILL; SLURM itself gives 120
 resume=()
 if [ -f "$output/recipe.yaml" ]; then resume=(--resume); fi
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"; wait; scontrol requeue "$SLURM_JOB_ID"' USR1

@@ -100,7 +100,7 @@ def test_kills_reach_the_processes_that_a_command_started() -> None:
 def test_kills_are_shared_out(num_kills: int, shares: tuple[int, int, int]) -> None:
     counts = faults._share_out(num_kills, 2)
     assert tuple(counts[name] for name in (KILL_ALONE, KILL_ONE, KILL_ALL)) == shares
-    assert [counts[fault.name] for fault in FAULTS[3:]] == [2] * 7
+    assert [counts[fault.name] for fault in FAULTS[3:]] == [2] * 8
 
 
 def test_wrong_arguments_are_one_sentence() -> None:

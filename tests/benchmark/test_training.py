@@ -16,7 +16,8 @@ from fasternet.records import Record
 from fasternet.report.speed import tell_limit
 from fasternet.timing import Measurement, measure
 from fasternet.train.classification import create_classification
-from fasternet.train.recipe import Recipe
+from fasternet.train.recipe import Recipe, parse_overrides
+from fasternet.train.recipes import RECIPES, find_recipe
 
 # timm leaves the files that it reads to be closed by the collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -185,8 +186,15 @@ def test_script_that_fails_says_so(pictures: Path, tmp_path: Path) -> None:
 
 def test_recipes_that_the_plain_loop_lacks_are_refused(pictures: Path) -> None:
     assert find_obstacle(RECIPE) is None
-    with pytest.raises(ValueError, match=r"has no mixup=0.2, drop_path_rate=0.1: it is compared with .*mixup=0.0"):
-        run(pictures, recipe=dataclasses.replace(RECIPE, mixup=0.2, drop_path_rate=0.1))
+    with pytest.raises(ValueError, match=r"has no mixup=0\.2, teacher=t: .*, --set mixup=0\.0 --set teacher=none$"):
+        run(pictures, recipe=dataclasses.replace(RECIPE, mixup=0.2, teacher="t"))
+
+
+@pytest.mark.parametrize("name", ["paper", *RECIPES])
+def test_every_recipe_is_measured_with_the_words_of_its_refusal(name: str) -> None:
+    recipe = find_recipe(name, "fasternet_s")
+    words = (find_obstacle(recipe) or "").partition("--set ")[2].split(" --set ")
+    assert find_obstacle(parse_overrides(recipe, list(filter(None, words)))) is None
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,17 @@ def test_check_ends_with_1_where_training_would_trip(tree: Path) -> None:
     assert "training would trip over 1 of 1 findings" in result.stdout
 
 
+def test_check_reports_a_tree_without_a_picture_in_its_place(tree: Path) -> None:
+    for split in ("train", "val"):
+        for picture in (tree / split).glob("*/*.png"):
+            picture.rename(tree / split / f"{picture.parent.name}{picture.name}")
+    result = run("check", tree, "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["kinds"]["structure"]["count"] == document["num_errors"] == 1
+    assert document["findings"][1]["remark"] == "beside the folders of the classes"
+
+
 def test_check_ends_with_0_where_pictures_are_merely_odd_or_twice(tree: Path) -> None:
     (tree / "val" / "ant" / "copy.png").write_bytes((tree / "train" / "ant" / "0.png").read_bytes())
     Image.new("L", (4, 4)).save(tree / "train" / "ant" / "dot.png")

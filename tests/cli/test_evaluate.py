@@ -72,13 +72,14 @@ def test_protocol_is_said(small: Path, data: Path, tmp_path: Path) -> None:
     paper = run("--data", data, "--checkpoint", small, "--size", 224)
     assert "shorter side to 248 (bicubic), centre crop of 224, ratio 0.9: the paper's protocol" in paper.stdout
     assert "top-1 %" in paper.stdout
+    assert "top-5 %" not in paper.stdout  # of two classes it is 100
 
 
-@pytest.mark.parametrize("crop", [0, 1.5])
+@pytest.mark.parametrize("crop", [0, 0.0001, 1.5])
 def test_crop_ratio_beyond_its_range_is_refused(small: Path, data: Path, crop: float) -> None:
     error = run("--data", data, "--checkpoint", small, "--crop", crop).exception
     assert isinstance(error, ValueError)
-    assert str(error).startswith(f"crop={crop} must be above 0 and at most 1")
+    assert str(error).startswith(f"crop={crop} must be between 0.05 and 1")
 
 
 def test_unreadable_picture_is_an_error_unless_skipped(small: Path, tmp_path: Path) -> None:
@@ -148,6 +149,20 @@ def test_imagenet_weights_take_imagenets_layouts(tmp_path: Path) -> None:
     shown = run("--checkpoint", model, "--data", tmp_path / "flat", "--labels", "real")
     assert "ReaL: any label of a picture is right" in shown.stdout
     assert "worst of 1000 classes" in shown.stdout
+    assert "top-5 %" in shown.stdout
+
+
+def test_labels_of_pictures_in_folders_are_told_apart(small: Path, data: Path, tmp_path: Path) -> None:
+    for name in CLASSES:
+        (tmp_path / "nest" / name).mkdir(parents=True)
+        picture = (data / "val" / name / "00.png").read_bytes()
+        (tmp_path / "nest" / name / "1.png").write_bytes(picture)
+    (tmp_path / "nest.txt").write_text("file label\nbright/1.png dark\ndark/1.png bright\n\n")
+    document = load("--data", tmp_path / "nest", "--checkpoint", small, "--labels", tmp_path / "nest.txt")
+    assert [row["num_images"] for row in document["per_class"]] == [1, 1]
+    (tmp_path / "nest.txt").write_text("1.png dark\n")
+    error = run("--data", tmp_path / "nest", "--checkpoint", small, "--labels", tmp_path / "nest.txt").exception
+    assert "does not tell pictures bright/1.png and dark/1.png apart" in str(error)
 
 
 @pytest.mark.multiprocess

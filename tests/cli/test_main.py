@@ -1,5 +1,6 @@
 """The command line as a whole: one sentence and a status for every error, help that ends in an invocation."""
 
+import os
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ COMMANDS = (
 )
 GROUPS = {
     "bench": ("operators", "networks", "sweeps", "steps", "deploy", "training", "faults", "detection", "engines"),
-    "data": ("check", "pack", "import"),
+    "data": ("check", "pack", "index", "import"),
     "detect": ("train", "eval", "predict", "export"),
     "reproduce": ("list", *(f"table{n}" for n in range(1, 10)), *(f"fig{n}" for n in range(1, 9))),
     "results": ("merge", "check"),
@@ -57,6 +58,14 @@ def test_exit_status_is_0_when_done():
     result = run("list")
     assert (result.returncode, result.stderr) == (0, "")
     assert "fasternet_t0" in result.stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_output_that_the_terminal_cannot_show_is_escaped(encoding):
+    code = "from fasternet import cli; cli.app = lambda: print('\\udcff \\xe9'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert result.stdout == b"\\udcff " + (b"\\xe9" if encoding == "ascii" else "\xe9".encode()) + b"\n"
 
 
 def test_exit_status_is_1_with_one_sentence_when_failed():

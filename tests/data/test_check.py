@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,53 @@ def test_folder_that_training_refuses_is_an_error(tmp_path: Path) -> None:
     assert [finding.kind for finding in found.errors] == ["structure"]
     assert found.errors[0].remark.startswith("zoo/train and zoo/val must hold the same classes")
     assert found.counts["val"] == {"ant": 1, "wasp": 1}
+
+
+@pytest.mark.parametrize(
+    ("folders", "remark", "counts"),
+    [
+        (("one/ant", "one/bee", "two/ant", "two/bee"), "zoo looks like splits, not classes", {"one": 2, "two": 2}),
+        (("train", "val"), "zoo/train must hold a folder of pictures per class, but holds none", {}),
+    ],
+)
+def test_tree_that_is_misnamed_is_reported(
+    tmp_path: Path, folders: tuple[str, ...], remark: str, counts: dict[str, int]
+) -> None:
+    for number, folder in enumerate(folders):
+        (tmp_path / "zoo" / folder).mkdir(parents=True)
+        paint(number).save(tmp_path / "zoo" / folder / "0.png")
+    found = check_data(tmp_path / "zoo")
+    assert [finding.kind for finding in found.errors] == ["structure"]
+    assert remark in found.errors[0].remark
+    assert found.counts.get("all", {}) == counts
+
+
+def test_splits_in_capitals_are_splits(tmp_path: Path) -> None:
+    for number, folder in enumerate(("Training/ant", "Training/bee", "Testing/ant", "Testing/bee")):
+        (tmp_path / folder).mkdir(parents=True)
+        paint(number).save(tmp_path / folder / "0.png")
+    found = check_data(tmp_path)
+    assert found.counts == {"Training": {"ant": 1, "bee": 1}, "Testing": {"ant": 1, "bee": 1}}
+    assert not found.findings
+
+
+def test_pipes_and_loops_are_named(tmp_path: Path) -> None:
+    for number, folder in enumerate(("ant", "bee")):
+        (tmp_path / folder).mkdir()
+        for place in range(2):
+            paint(10 * number + place).save(tmp_path / folder / f"{place}.png")
+    os.mkfifo(tmp_path / "ant" / "pipe.png")
+    (tmp_path / "bee" / "pipe.png").symlink_to("../ant/pipe.png")
+    (tmp_path / "ant" / "loop").symlink_to(".")
+    (tmp_path / "above").symlink_to("..")
+    found = check_data(tmp_path)
+    assert [(f.kind, f.remark, f.paths) for f in found.findings] == [
+        ("unreadable", "it is no regular file", ("bee/pipe.png",)),
+        ("passed over", "a link to a folder above it", ("above",)),
+        ("passed over", "a link to a folder above it", ("ant/loop",)),
+        ("passed over", "no regular file", ("ant/pipe.png",)),
+    ]
+    assert found.counts == {"all": {"ant": 2, "bee": 3}}
 
 
 def test_folder_without_splits_has_one(tmp_path: Path) -> None:

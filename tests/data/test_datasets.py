@@ -55,15 +55,20 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
         create_datasets("digits")
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-def test_train_folder_with_a_validation_folder_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
-    create_tree(tmp_path, train__b=3, train__a=1, **{f"{name}__a": 1, f"{name}__b": 2})
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [("train", name) for name in ("val", "valid", "validation", "dev", "test")]
+    + [("training", "testing"), ("Train", "Val"), ("TRAINING", "Test")],
+)
+def test_train_folder_with_a_validation_folder_is_taken_as_it_is(tmp_path: Path, train: str, name: str) -> None:
+    create_tree(tmp_path, **{f"{train}__b": 3, f"{train}__a": 1, f"{name}__a": 1, f"{name}__b": 2})
     datasets = create_datasets(tmp_path)
     assert datasets.class_names == ("a", "b")
     assert list_samples(datasets.train) == [("a/0.png", 0), ("b/0.png", 1), ("b/1.png", 1), ("b/2.png", 1)]
     assert list_samples(datasets.validation) == [("a/0.png", 0), ("b/0.png", 1), ("b/1.png", 1)]
-    assert datasets.train.root == tmp_path / "train"
-    assert datasets.train[3][0].getpixel((0, 0)) == (2, len("train__b"), 0)
+    assert datasets.train.root == tmp_path / train
+    assert datasets.train[3][0].getpixel((0, 0)) == (2, len(f"{train}__b"), 0)
+    assert len(create_validation_dataset(tmp_path)) == 3
 
 
 def test_folder_of_classes_is_split_by_class(tmp_path: Path) -> None:
@@ -116,10 +121,30 @@ def test_bytes_that_are_no_picture_are_named() -> None:
             decode_image(content, "shard/x")
 
 
-def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+def test_hidden_folders_leftovers_and_links_to_above_are_no_classes(tmp_path: Path) -> None:
     create_tree(tmp_path, a=1, b=1)
     (tmp_path / ".ipynb_checkpoints").mkdir()
-    assert create_dataset(tmp_path).class_names == ("a", "b")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "loop").symlink_to(".")
+    (tmp_path / "a" / "loop").symlink_to(".")
+    dataset = create_dataset(tmp_path)
+    assert dataset.class_names == ("a", "b")
+    assert list_samples(dataset) == [("a/0.png", 0), ("b/0.png", 1)]
+
+
+@pytest.mark.parametrize("names", [("bus", "car", "train"), ("control", "test"), ("Test", "Training", "other")])
+def test_classes_named_like_splits_are_classes_where_they_hold_pictures(tmp_path: Path, names: tuple[str, ...]) -> None:
+    create_tree(tmp_path, **dict.fromkeys(names, 2))
+    assert create_datasets(tmp_path).class_names == names
+    assert create_validation_dataset(tmp_path).class_names == names
+
+
+def test_classes_may_hold_folders_of_their_own(tmp_path: Path) -> None:
+    create_tree(tmp_path / "one", a__images=2, b__images=2)
+    create_tree(tmp_path / "mixed", a=1, a__x=1, a__y=1, b__x=1, b__y=1)
+    create_tree(tmp_path / "other", a__x=1, a__y=1, b__y=1, b__z=1)
+    for name in ("one", "mixed", "other"):
+        assert create_dataset(tmp_path / name).class_names == ("a", "b")
 
 
 def test_unreadable_picture_is_named_when_it_is_reached(tmp_path: Path) -> None:
@@ -143,7 +168,7 @@ def test_validation_dataset_needs_no_train_folder(tmp_path: Path) -> None:
     [
         ({}, r"{root} must hold a folder of pictures per class, but holds none$"),
         ({"a": 3}, r"{root} must hold a folder of pictures per class, but holds one only, a$"),
-        ({"a": 2, "b": 0}, r"no pictures in folder {root}/b; looked for \.bmp"),
+        ({"a": 2, "b": 0}, r"no pictures in folder {root}/b; looked for"),
         ({"a": 2, "b": 1}, r"class b of data folder {root} has one picture; a split takes at least two$"),
         ({"train__a": 1, "train__b": 1}, r"{root} holds train but no val; .* {root}/train split off"),
         ({"test__a": 1, "test__b": 1}, r"{root} holds test but no train; .* {root}/test split off"),
@@ -153,6 +178,18 @@ def test_validation_dataset_needs_no_train_folder(tmp_path: Path) -> None:
             r"{root}/train alone has a; {root}/val alone has c$",
         ),
         ({"train__a": 1, "train__b": 1, "val__a": 1, "val__b": 0}, r"no pictures in folder {root}/val/b;"),
+        ({"Train__a": 1, "Train__b": 1}, r"{root} holds Train but no val; .* {root}/Train split off"),
+        ({"train": 2, "val": 2}, r"{root}/train must hold a folder of pictures per class, but holds none$"),
+        ({"train__a": 1, "bus__a": 1, "bus__b": 1}, r"{root} holds train but no val;"),
+        (
+            {"Val__a": 1, "val__a": 1, "train__a": 1},
+            r"{root} holds Val, val: rename all but one$",
+        ),
+        (
+            {"part1__a": 1, "part1__b": 1, "part2__a": 1, "part2__b": 1, "part2__c": 1},
+            r"{root} looks like splits, not classes: part1, part2 hold the same folders \(a, b\) and no pictures; "
+            r"name the splits train and val, or put the pictures of each class directly into its folder$",
+        ),
     ],
 )
 def test_wrong_folder_is_one_sentence(tmp_path: Path, tree: dict[str, int], message: str) -> None:

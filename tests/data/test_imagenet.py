@@ -1,12 +1,14 @@
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.data.real_labels import RealLabelsImagenet
 
+from fasternet.data.datasets import ImageDataset
 from fasternet.data.imagenet import EvaluationData, is_imagenet, open_evaluation_data
 
 TENCH, GOLDFISH, SHARK = "n01440764", "n01443537", "n01484850"  # the outputs 0, 1 and 2
@@ -73,6 +75,41 @@ def test_imagenet_a_and_r_choose_among_their_200_classes(
     assert data.remarks[0].startswith(f"ImageNet-{letter.upper()}: ")
 
 
+def test_folders_of_words_are_the_outputs_of_their_words(tmp_path: Path) -> None:
+    data = open_imagenet(save(tmp_path, ["Afghan_hound/a.jpg", "tench, Tinca tinca/b.jpg", "maillot/c.jpg"]))
+    assert list_labels(data) == {"a.jpg": 160, "b.jpg": 0, "c.jpg": 638}
+    assert data.remarks == ("pictures of 3 of the 1000 classes; the network chooses among all",)
+
+
+def test_data_of_1000_classes_is_ordered_by_their_names_or_says_that_it_is_not(
+    tmp_path: Path, info: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As shards and data sets of the hub bring them."""
+
+    def open_named(names: Sequence[str]) -> EvaluationData:
+        dataset = ImageDataset(tmp_path, [Path("a"), Path("b")], [1, 999], names)
+        monkeypatch.setattr("fasternet.data.imagenet.create_validation_dataset", lambda data: dataset)
+        return open_evaluation_data("hf:some", class_names=None, num_classes=1000)
+
+    words = ImageNetInfo().label_descriptions()
+    assert words.count("crane") == 2
+    for names in (words, info["imagenet_synsets"], ["crane2" if n == 517 else word for n, word in enumerate(words)]):
+        data = open_named(names)
+        assert (data.dataset.labels, data.remarks) == ([1, 999], ())
+        assert data.class_names[1] == f"{GOLDFISH} goldfish, Carassius auratus"
+    assert open_named(info["imagenet_synsets"][::-1]).dataset.labels == [998, 0]
+    assert open_named(sorted(map(str, range(1000)))).dataset.labels == [1, 999]
+    assert open_named(sorted(map(str, range(1000)))[::-1]).dataset.labels == [998, 0]
+    assert open_named(info["imagenet_a_synsets"] * 5).dataset.labels[0] == int(info["imagenet_a_indices"][1])
+    with pytest.raises(ValueError, match="hf:some/crane may be several of ImageNet's classes"):
+        open_named(sorted(words))
+    data = open_named([f"class {number}" for number in range(1000)])
+    assert data.dataset.labels == [1, 999]
+    assert data.remarks[0].startswith("no class of hf:some is named as one of ImageNet's")
+    with pytest.raises(ValueError, match="the checkpoint has 1000 classes, data hf:some has 10"):
+        open_named([str(number) for number in range(10)])
+
+
 def test_numbered_folders_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     data = open_imagenet(save(tmp_path, [f"{number}/{number}.jpeg" for number in (0, 2, 10, 999)]))
     assert list_labels(data) == {"0.jpeg": 0, "2.jpeg": 2, "10.jpeg": 10, "999.jpeg": 999}
@@ -84,6 +121,7 @@ def test_numbered_folders_are_in_the_order_of_numbers(tmp_path: Path) -> None:
         ("val.txt", "{1} 2\n{2} 0\n"),
         ("val.txt", "val/{1} n01484850\nval/{2} n01440764"),
         ("val.csv", "{1},n01484850\n{2},n01440764\n"),
+        ("words.csv", "{1},great_white_shark\n{2},tench\n"),
         ("LOC.csv", "ImageId,PredictionString\n{s1},n01484850 1 2 3 4 n01484850 5 6 7 8 \n{s2},n01440764 1 2 3 4 \n"),
         ("synsets.txt", "n01484850\nn01440764\n"),
     ],
@@ -95,16 +133,6 @@ def test_flat_folder_takes_its_labels_from_a_file(tmp_path: Path, file: str, tex
     assert list_labels(open_imagenet(root, tmp_path / file)) == {name(1): 2, name(2): 0}
 
 
-def test_flat_folder_of_other_classes_takes_their_names(tmp_path: Path) -> None:
-    save(tmp_path / "pictures", ["a.jpg", "b.jpg"])
-    (tmp_path / "labels.csv").write_text("file,label\na.jpg,great auk\nb.jpg,cat\nc.jpg,cat\n")
-    data = open_evaluation_data(
-        str(tmp_path / "pictures"), class_names=("cat", "great auk"), num_classes=2, labels=str(tmp_path / "labels.csv")
-    )
-    assert list_labels(data) == {"a.jpg": 1, "b.jpg": 0}
-    assert data.remarks == ("the label file names 1 more pictures, which are not in the folder",)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -112,7 +140,7 @@ def test_flat_folder_of_other_classes_takes_their_names(tmp_path: Path) -> None:
         (f"{name(1)} 3\n", f"does not name {name(2)} \\(1 of 2 pictures\\)"),
         (f"{name(1)} 1000\n", "line 1: index 1000 is beyond 999; classes are counted from 0"),
         (f"{name(1)} n99999999\n", "line 1: 'n99999999' is neither a class of the network nor the index of one"),
-        (f"{name(1)} 1\n{name(2)}\n", "line 2 must be a picture's name and its label"),
+        (f"{name(1)} crane\n", r"line 1: 'crane' is the name of 2 classes: give the index, one of \[134, 517\]"),
         ("\udcff", "damaged, or no text"),
     ],
 )
@@ -155,6 +183,13 @@ def test_real_takes_a_file_and_refuses_what_is_none(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_imagenets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cat is not one of ImageNet's 1000 classes \(1 such folders\)"):
+        open_imagenet(save(tmp_path / "w", ["cat/a.jpg", "tench/a.jpg"]))
+    with pytest.raises(ValueError, match=r"crane may be several .* name it by its synset, n02012849 or n03126707"):
+        open_imagenet(save(tmp_path / "x", ["crane/a.jpg", "tench/a.jpg"]))
+    own = [str(number) for number in range(1000)]
+    with pytest.raises(ValueError, match="labels real are of ImageNet's 1000 classes, and the network was trained on"):
+        open_evaluation_data(str(tmp_path / "w"), class_names=own, num_classes=1000, labels="real")
     with pytest.raises(ValueError, match=r"n00000001 is not one of ImageNet's 1000 classes"):
         open_imagenet(save(tmp_path / "a", ["n00000001/a.jpg", f"{TENCH}/a.jpg"]))
     with pytest.raises(ValueError, match="1000 is no number of a class: they run from 0 to 999"):

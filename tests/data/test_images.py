@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -9,11 +10,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from fasternet.data import images
 from fasternet.data.images import ImageError, find_images, load_image
 
 RED, HALF_RED, WHITE = (255, 0, 0), (255, 127, 127), (255, 255, 255)
+
+
+def save_tiff_white_is_zero(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values).save(path, "TIFF", tiffinfo={PHOTOMETRIC_INTERPRETATION: 0})
+    content = path.read_bytes()  # Pillow writes "black is zero", whatever it is told
+    black, white = (struct.pack("<HHIHH", PHOTOMETRIC_INTERPRETATION, 3, 1, value, 0) for value in (1, 0))
+    assert (content.count(black), content.count(white)) in {(1, 0), (0, 1)}
+    path.write_bytes(content.replace(black, white))
+    return path
 
 
 def save_png_16_bits(path: Path, values: np.ndarray, *extra_chunks: tuple[bytes, bytes]) -> Path:
@@ -71,6 +82,35 @@ def test_rgb_picture_of_16_bits_with_a_transparent_colour_loads(tmp_path: Path) 
     values = np.stack([RAMP, RAMP, RAMP], axis=2)
     path = save_png_16_bits(tmp_path / "a.png", values, (b"tRNS", struct.pack(">HHH", 0, 0, 0)))
     assert np.array_equal(load_pixels(path)[1:], values[1:] >> 8)
+
+
+@pytest.mark.parametrize("values", [RAMP, np.float32([[0, 0.2, 1]])])
+def test_picture_where_white_is_zero_is_inverted(tmp_path: Path, values: np.ndarray) -> None:
+    pixels = load_pixels(save_tiff_white_is_zero(tmp_path / "a.tif", values))[..., 0]
+    expected = (65535 - values) >> 8 if values.dtype == np.uint16 else np.uint8([[255, 204, 0]])
+    assert np.array_equal(pixels, expected)
+
+
+def test_grey_picture_of_16_bits_puts_its_transparent_value_on_white(tmp_path: Path) -> None:
+    values = np.uint16([[0, 1000, 1001, 65535]])  # the two in the middle have the same high byte
+    path = save_png_16_bits(tmp_path / "a.png", values, (b"tRNS", struct.pack(">H", 1000)))
+    assert load_pixels(path)[0, :, 0].tolist() == [0, 255, 3, 255]
+
+
+def test_tall_transparent_picture_is_laid_on_white_as_a_whole(tmp_path: Path) -> None:
+    height = 2 * images.STRIP_ROWS + 7
+    values = np.random.default_rng(0).integers(0, 256, (height, 5, 4), dtype=np.uint8)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "a.png")
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert np.array_equal(load_pixels(tmp_path / "a.png"), np.asarray(whole))
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "jfif"])
+def test_picture_of_a_rarer_suffix_is_found_and_read(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (16, 16), RED).save(tmp_path / f"a.{suffix}")
+    (path,) = find_images([tmp_path])
+    assert np.abs(load_pixels(path).astype(int) - RED).max() <= 3
 
 
 def test_float_picture_from_0_to_1_is_rescaled(tmp_path: Path) -> None:
@@ -235,4 +275,31 @@ def test_find_images_sorts_folders_and_keeps_files(tmp_path: Path) -> None:
 
 def test_find_images_names_a_folder_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"no pictures in folder {tmp_path}"):
+        find_images([tmp_path])
+
+
+def test_pipe_is_passed_over_and_named_it_is_one_sentence(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "lost.png").symlink_to("absent")  # named as unreadable later, not passed over
+    assert [path.name for path in find_images([tmp_path])] == ["a.png", "lost.png"]
+    with pytest.raises(ImageError, match=r"pipe\.png: it is no regular file$"):
+        load_image(tmp_path / "pipe.png")
+
+
+def test_links_that_go_round_end_and_other_links_to_folders_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "1.png").touch()
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "twice").symlink_to("a")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert found == ["a/b/1.png", "self.png", "twice/b/1.png"]
+
+
+def test_shards_are_named_where_pictures_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "train-0.tar").touch()
+    with pytest.raises(ValueError, match=r"train-0\.tar is a shard, no picture: name the folder of the shards"):
+        find_images([tmp_path / "train-0.tar"])
+    with pytest.raises(FileNotFoundError, match=r"; shards, which it holds, need an output$"):
         find_images([tmp_path])

@@ -57,7 +57,12 @@ def damage(path: Path, number: int = 0) -> str:
     return f"{path.name}/{member.name}"
 
 
-# Packing
+def forget_sizes(shards: Path) -> None:
+    """Make shards.json what it was before it told sizes."""
+    contents = json.loads((shards / "shards.json").read_text())
+    for shard in contents["train"] + contents["validation"]:
+        del shard["num_bytes"]
+    (shards / "shards.json").write_text(json.dumps(contents))
 
 
 def test_epoch_gives_each_picture_once_with_its_label_in_an_order_of_its_own(shards: Path) -> None:
@@ -164,16 +169,33 @@ def test_unreadable_picture_is_named_and_the_next_takes_its_place(shards: Path, 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.multiprocess)])
 def test_truncated_shard_is_one_sentence_that_names_it(shards: Path, share: float, num_workers: int) -> None:
     path = shards / "train-000003.tar"
+    forget_sizes(shards)
     _, end = find_member(path, 5)
     os.truncate(path, int(end * share) // 100 * 100)
     with pytest.raises(ValueError, match=f"^shard {path} is damaged or truncated: [^\n]*$"):
         list_colours(create_loader(shards, num_workers=num_workers))
 
 
+def test_shard_of_another_size_is_one_sentence(shards: Path) -> None:
+    for split, read in (
+        ("train", lambda: list_colours(create_loader(shards))),
+        ("val", lambda: create_datasets(shards)),
+    ):
+        path = shards / f"{split}-000000.tar"
+        size = path.stat().st_size
+        os.truncate(path, size + 512)
+        words = f"is not the one that shards.json describes: it has {size + 512} bytes instead of {size}"
+        with pytest.raises(ValueError, match=f"^shard {path} {words}$"):
+            read()
+        os.truncate(path, size)
+
+
 def test_missing_shard_and_wrong_label_are_one_sentence(shards: Path) -> None:
     contents = json.loads((shards / "shards.json").read_text())
     (shards / "shards.json").write_text(json.dumps({**contents, "class_names": ["a"]}))
-    with pytest.raises(ValueError, match=r"val-000000\.tar/b/01\.png has the label 1; it must be one of 0 to 0$"):
+    with pytest.raises(
+        ValueError, match=r"val-000000\.tar/b/01\.png has the label 1; it must be one of 0 to 0, or its name$"
+    ):
         create_datasets(shards)
     (shards / "shards.json").write_text(json.dumps(contents))
     (shards / "train-000001.tar").unlink()
@@ -277,6 +299,19 @@ def test_validation_shards_are_fetched_once(shards: Path, server) -> None:
         validation = create_validation_dataset(server.address)
     assert [validation.read(i) for i in range(6)] == [create_validation_dataset(shards).read(i) for i in range(6)]
     assert server.requests.count("/val-000000.tar") == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+def test_damaged_shard_in_the_cache_is_fetched_again(shards: Path, server, tmp_path: Path, harm: str) -> None:
+    create_validation_dataset(server.address)
+    (path,) = (tmp_path / "cache").rglob("val-000000.tar")
+    if harm == "cut":
+        os.truncate(path, 700)
+    else:
+        damage(path)
+    create_validation_dataset(server.address).load(0)
+    assert path.read_bytes() == (shards / path.name).read_bytes()
+    assert server.requests.count("/val-000000.tar") == 2
 
 
 def test_broken_connection_is_one_sentence(shards: Path, server, tmp_path: Path) -> None:

@@ -115,6 +115,16 @@ def test_classifiers_and_detectors_are_told_apart(folder, tmp_path):
             read(folder)
 
 
+def test_backbone_keeps_the_options_of_its_checkpoint(tmp_path):
+    fasternet = create_model("fasternet_t0", width=8, head_width=16, num_classes=3, activation="relu", position="last")
+    save_checkpoint(tmp_path / "fasternet", fasternet, name="fasternet_t0")
+    options = {"num_classes": 3, "fpn_channels": 8, "box_head_width": 8}
+    detector = create_faster_rcnn("fasternet_t0", backbone_checkpoint=tmp_path / "fasternet", **options)
+    save_detector(tmp_path / "detector", detector)
+    body = load_detector(tmp_path / "detector").model.backbone.body
+    assert (body.config.width, body.config.activation, body.config.position) == (8, "relu", "last")
+
+
 def edit(folder, change):
     document = json.loads((folder / "config.json").read_text())
     change(document)

@@ -68,7 +68,7 @@ def test_folder_keeps_the_function_and_all_else(tmp_path, tiny, randomise, field
 
 
 def test_facts_travel_with_the_model_and_the_licence_is_the_users(tmp_path, model):
-    facts = {"recipe": {"epochs": 2, "lr": 0.1}, "metrics": {"top1": 71.25}, "license": "cc-by-4.0"}
+    facts = {"recipe": {"epochs": 2, "lr": 0.1}, "metrics": {"top1": 71.25, "top5": 100.0}, "license": "cc-by-4.0"}
     save_checkpoint(tmp_path / "a", model, name="fasternet_t0", class_names=NAMES, facts=facts)
     found = load_checkpoint(tmp_path / "a").facts
     assert {key: found[key] for key in facts} == facts
@@ -77,6 +77,7 @@ def test_facts_travel_with_the_model_and_the_licence_is_the_users(tmp_path, mode
     card = (tmp_path / "a" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: timm\npipeline_tag: image-classification\n")
     assert "An image classifier of 5 classes for pictures of 224 x 224 pixels.\n" in card
+    assert "top5" not in card  # of five classes it is 100
     save_checkpoint(tmp_path / "b", model, name="fasternet_t0")
     assert load_checkpoint(tmp_path / "b").facts["license"] is None
     assert "license" not in (tmp_path / "b" / "README.md").read_text()
@@ -138,6 +139,12 @@ def test_folder_says_what_timm_cannot_build(tmp_path, tiny, fields, reason):
     save_checkpoint(tmp_path, create_model("fasternet_t0", **tiny, **fields), name="fasternet_t0")
     document = json.loads((tmp_path / "config.json").read_text())
     assert document["fasternet"]["timm"] == f"cannot build it: it knows no {reason}"
+    with pytest.raises(RuntimeError, match=r"Unknown model \(fasternet\.fasternet_t0\)"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert load_checkpoint(tmp_path).name == "fasternet_t0"
+    assert "\n# fasternet_t0\n" in (tmp_path / "README.md").read_text()
+    edit(tmp_path, lambda d: d.update(architecture="fasternet_t0"))  # as it was written before
+    assert load_checkpoint(tmp_path).name == "fasternet_t0"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

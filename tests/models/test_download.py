@@ -13,7 +13,7 @@ from fasternet.models.download import download_from_hub, download_url
 
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-WAY_OUT = "refused.*: without a network, give a file with checkpoint_path"
+WAY_OUT = r"refused.*: without a network, give a file \(checkpoint_path, or --checkpoint\)"
 HUB_PATH = "/timm/fasternet_t0.in1k/resolve/main/model.safetensors"
 
 
@@ -119,7 +119,7 @@ def test_download_of_an_absent_file_says_so(server, tmp_path):
 
 def test_download_without_a_network_is_one_sentence_with_the_way_out(closed_port, tmp_path):
     with pytest.raises(
-        ConnectionError, match=r"refused.*: without a network, give a file with checkpoint_path"
+        ConnectionError, match=r"refused.*: without a network, give a file \(checkpoint_path, or --checkpoint\)"
     ) as caught:
         download_url(f"http://127.0.0.1:{closed_port}/weights.pth", folder=tmp_path)
     assert "\n" not in str(caught.value)
@@ -166,7 +166,7 @@ def test_hub_without_a_network_is_one_sentence_with_the_way_out(hub, closed_port
     template = f"http://127.0.0.1:{closed_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     with pytest.raises(
-        ConnectionError, match=r"refused.*: without a network, give a file with checkpoint_path"
+        ConnectionError, match=r"refused.*: without a network, give a file \(checkpoint_path, or --checkpoint\)"
     ) as caught:
         download_from_hub("timm/fasternet_t0.in1k", "model.safetensors")
     assert "\n" not in str(caught.value)

@@ -127,10 +127,29 @@ def folder(tiny, tmp_path):
 
 def test_uploaded_bytes_are_those_of_the_files(hub, folder):
     assert push_folder(folder, "me/flowers") == f"{hub.url}/me/flowers"
-    names = ("model.safetensors", "config.json", "README.md")
-    assert hub.committed == {name: (folder / name).read_bytes() for name in names}
+    assert set(hub.committed) == {"model.safetensors", "config.json", "README.md"}
+    for name in ("model.safetensors", "config.json"):
+        assert hub.committed[name] == (folder / name).read_bytes()
     assert hub.created[0]["name"] == "flowers"
     assert not {"private", "visibility"} & set(hub.created[0])
+
+
+def test_card_on_the_hub_names_its_repository_in_place_of_the_folder(hub, folder):
+    own = (folder / "README.md").read_text()
+    push_folder(folder, "me/flowers")
+    card = hub.committed["README.md"].decode()
+    fetch = "hf download me/flowers --local-dir flowers\nfasternet predict picture.jpg --checkpoint flowers\n"
+    assert f"```sh\n{fetch}```\n" in card
+    assert 'timm.create_model("hf-hub:me/flowers", pretrained=True)' in card
+    assert "FOLDER" not in card
+    assert (folder / "README.md").read_text() == own
+
+
+def test_folder_without_a_card_goes_too(hub, folder):
+    (folder / "README.md").unlink()
+    (folder / "LICENSE").write_text("do as you like")
+    push_folder(folder, "me/flowers")
+    assert set(hub.committed) == {"model.safetensors", "config.json", "LICENSE"}
 
 
 def test_run_folder_stands_for_its_best_and_the_license_is_kept(hub, folder):
@@ -141,7 +160,7 @@ def test_run_folder_stands_for_its_best_and_the_license_is_kept(hub, folder):
     document = json.loads(hub.committed["config.json"])
     assert document["fasternet"]["license"] == document["pretrained_cfg"]["license"] == "cc-by-4.0"
     assert hub.committed["README.md"].startswith(b"---\nlicense: cc-by-4.0\nlibrary_name: timm\n")
-    assert hub.committed["README.md"] == (folder / "README.md").read_bytes()
+    assert (folder / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
     push_folder(folder, "me/flowers", license="other")
     assert hub.committed["README.md"].count(b"license:") == 1
 

@@ -1,6 +1,7 @@
 """Predictions into a file: bounded, in order, torn and resumed, shared out to processes and from shards."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -93,7 +94,7 @@ def test_lines_are_the_predictions_in_the_order_of_the_pictures(predictor, pictu
 def test_loader_processes_change_nothing_and_parts_are_gone(predictor, pictures, whole, tmp_path):
     predict_to_file(predictor, [pictures], tmp_path / "out.jsonl", num_workers=2)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.jsonl.settings", "out.jsonl"]
 
 
 def test_csv_has_a_row_of_equal_length_per_picture(predictor, pictures, whole, tmp_path):
@@ -161,8 +162,38 @@ def test_finished_output_is_kept(predictor, pictures, tmp_path):
     output.write_text("kept")
     with pytest.raises(FileExistsError, match="exists already"):
         predict_to_file(predictor, [pictures], output)
-    assert predict_to_file(predictor, [pictures], output, resume=True) == (0, 0)
+    with pytest.warns(
+        UserWarning, match=r"out\.jsonl is complete; it was not checked, as it is not known what made it"
+    ):
+        assert predict_to_file(predictor, [pictures], output, resume=True) == (0, 0)
     assert output.read_text() == "kept"
+
+
+def test_finished_output_is_resumed_with_what_made_it_alone(predictor, pictures, whole, tmp_path):
+    output = tmp_path / "out.jsonl"
+    predict_to_file(predictor, [pictures], output)
+    assert predict_to_file(predictor, [pictures], output, resume=True) == (0, 0)
+    with pytest.raises(ValueError, match=r"is complete, and was made with top_k 3, not 1: name another output$"):
+        predict_to_file(predictor, [pictures], output, top_k=1, resume=True)
+    with pytest.raises(ValueError, match=f"was made with images .*{pictures}'.*, not .*{pictures / 'a'}'"):
+        predict_to_file(predictor, [pictures / "a"], output, resume=True)
+    other = dataclasses.replace(predictor, fingerprint="0")
+    with pytest.raises(ValueError, match=r"was made with weights '.*', not '0'"):
+        predict_to_file(other, [pictures], output, resume=True)
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [1, 2, 7])
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b"{}\n", b"[1, 2]\n", b'[0, 0, {"path": "a"}] x\n', b"\xff\n"])
+def test_damaged_line_of_a_part_is_one_sentence(predictor, pictures, tmp_path, monkeypatch, line, damage):
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part-00000-of-00001"
+    monkeypatch.setattr(files, "_merge", lambda *_: None)
+    predict_to_file(predictor, [pictures], output)
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([*lines[: line - 1], damage, *lines[line:]]))
+    words = f"00001 is damaged at line {line}: delete it, and resume predicts anew what it held$"
+    with pytest.raises(ValueError, match=words):
+        predict_to_file(predictor, [pictures], output, resume=True)
 
 
 def test_wrong_arguments_leave_nothing_behind(predictor, pictures, tmp_path):
@@ -232,6 +263,8 @@ def test_archive_among_pictures_is_passed_over_and_shards_stand_alone(predictor,
     shutil.copy(pictures / "a" / "3.png", tmp_path / "mixed")
     shutil.copy(shards / "0.tar", tmp_path / "mixed")
     assert predict_to_file(predictor, [tmp_path / "mixed"], tmp_path / "out.jsonl", resume=True) == (1, 0)
+    with pytest.raises(ValueError, match=r"0\.tar is a shard, no picture: name the folder of the shards"):
+        predict_to_file(predictor, [shards / "0.tar"], tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match=f"name one folder of shards alone, or pictures .* {shards} has shards"):
         predict_to_file(predictor, [pictures, shards], tmp_path / "other.jsonl")
 

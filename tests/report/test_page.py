@@ -140,6 +140,14 @@ def test_record_text_never_becomes_markup(example: ModuleType, write: Write, tmp
     assert page.text.count("&lt;script&gt;alert(1)") > 20
 
 
+def test_name_that_is_no_utf8_is_escaped(example: ModuleType, write: Write, tmp_path: Path) -> None:
+    values = {"injected": 3, "recovered": 2, "remark": "odd\udcff"}
+    records = [example.make("faults", "fault", "kill", values=values)]
+    page = create_report([write(records)], tmp_path / "report.html")
+    assert "odd\\udcff" in page.read_text(encoding="utf-8")
+    assert "odd\\udcff" in page.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_every_figure_tells_machine_versions_date_and_command(everything: Page) -> None:
     figures = re.findall(r"<figure.*?</figure>", everything.text, re.DOTALL)
     measured = [figure for figure in figures if 'id="commands"' not in figure and "Figure 4." not in figure]

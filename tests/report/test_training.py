@@ -1,5 +1,6 @@
 """What the page tells of training: curves, confusions, calibration, mistakes, seeds, faults, what limits."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from html import unescape
@@ -150,6 +151,51 @@ def test_unfinished_and_single_runs_make_no_learning_table(example: ModuleType, 
     page = render(example.make_learning(), unfinished)
     assert 'id="learning"' not in page
     assert "Training curve of fasternet_t0, 4 epochs" in page
+
+
+def test_run_that_has_not_ended_says_so(example: ModuleType, render: Render) -> None:
+    page = render(example.make_run(epochs=30, pictures=0)[:2])
+    assert "Training curve of fasternet_t0, 1 of 30 epochs<" in page
+    assert "trained for 1 of 30 epochs in 2 s" in page
+    assert ">It has not ended: there is no evaluation yet. Where it was stopped, the same command with --resume" in page
+    ended = render(example.make_run(epochs=30, pictures=0))
+    assert "Training curve of fasternet_t0, 30 epochs<" in ended
+    assert "has not ended" not in ended
+
+
+def test_run_before_its_first_epoch_shows_its_recipe(example: ModuleType, render: Render) -> None:
+    page = render(example.make_run(epochs=30, pictures=0)[:1])
+    assert "Training curve of fasternet_t0, 0 of 30 epochs<" in page
+    assert ">No epoch is done yet. It has not ended" in page
+    assert "<summary>Recipe and data</summary>" in page
+
+
+def test_folded_runs_that_have_not_ended_are_told_apart(example: ModuleType, tmp_path: Path) -> None:
+    for seed, end in enumerate((None, -1, 1)):
+        append_records(tmp_path / f"s{seed}" / "log.jsonl", example.make_learning(seed=seed)[:end])
+    page = create_report([tmp_path], tmp_path / "report.html").read_text("utf-8")
+    for name in (
+        "s0: fasternet_t0, top-1 72.00 %",
+        "s1: fasternet_t0, 4 of 4 epochs",
+        "s2: fasternet_t0, 0 of 4 epochs",
+    ):
+        assert f"<summary>{name}</summary>" in page
+
+
+def test_top5_of_five_classes_is_not_shown(example: ModuleType, render: Render) -> None:
+    run, *epochs, evaluation = example.make_run(epochs=3, pictures=0)
+    values = {"top1": 80.0, "top5": 100.0, "per_class": [{"name": name, "num_images": 9} for name in "abcdef"]}
+
+    def show(num_classes: int) -> str:
+        run.values["num_classes"] = num_classes
+        judged = values | {"per_class": values["per_class"][:num_classes]}
+        return render([run, *epochs, dataclasses.replace(evaluation, values=judged)])
+
+    five, six = show(5), show(6)
+    assert "top-5" not in five.split('id="section-records"')[0]
+    assert "Accuracy, % over epochs: top-1 ends at" in five
+    assert "top-1 80.00 %, top-5 100.00 %" in six
+    assert "top-5 ends at" in six
 
 
 def test_many_runs_are_folded_and_named(example: ModuleType, write: Write, tmp_path: Path) -> None:

@@ -126,11 +126,11 @@ def test_finetune_starts_from_weights_with_a_fresh_classifier(pictures, recipe, 
     assert task.model.head.fc.out_features == 2
 
 
-def test_resumed_finetune_does_not_need_its_weights(pictures, recipe, tmp_path) -> None:
-    source = create_model("fasternet_t0", num_classes=5, **TINY_MODEL)
+@pytest.mark.parametrize("own", [{}, {"activation": "relu"}, {"norm": "ln"}, {"position": "last"}])
+def test_resumed_finetune_needs_neither_its_weights_nor_their_options(pictures, recipe, tmp_path, own) -> None:
+    source = create_model("fasternet_t0", num_classes=5, **TINY_MODEL, **own)
     save_checkpoint(tmp_path / "source", source, name="fasternet_t0")
     options = {"recipe": dataclasses.replace(recipe, layer_decay=0.7, freeze=1), "device": "cpu"}
-    options["model_options"] = TINY_MODEL
     states = []
     for name, stop_at in (("whole", 99), ("stopped", 3)):
         seen: list[int] = []
@@ -143,7 +143,37 @@ def test_resumed_finetune_does_not_need_its_weights(pictures, recipe, tmp_path) 
             shutil.rmtree(tmp_path / "source")
             train("fasternet_t0", str(pictures), tmp_path / name, resume=True, **options)
         states.append(load_state(tmp_path / name / "last" / "state.pt")["model"])
+        config = load_network(tmp_path / name).model.config
+        assert config == dataclasses.replace(source.config, num_classes=2, drop_path_rate=recipe.drop_path_rate)
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_resume_refuses_options_that_the_run_does_not_have(pictures, recipe, tmp_path) -> None:
+    recipe = dataclasses.replace(recipe, epochs=1)
+    train("fasternet_t0", str(pictures), tmp_path / "run", recipe=recipe, model_options=TINY_MODEL, device="cpu")
+    options = {"model_options": {"width": 24}, "device": "cpu"}
+    with pytest.raises(ValueError, match="can only be resumed as it was started"):
+        train("fasternet_t0", str(pictures), tmp_path / "run", recipe=recipe, resume=True, **options)
+
+
+def test_unreadable_validation_picture_stops_a_run_that_can_go_on_without_it(pictures, recipe, tmp_path) -> None:
+    for part, kept in (("train", slice(0, 9)), ("val", slice(9, 12))):
+        for name in ("dark", "bright"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for picture in sorted((pictures / name).iterdir())[kept]:
+                shutil.copy(picture, tmp_path / "data" / part / name)
+    broken = tmp_path / "data" / "val" / "bright" / "09.png"
+    broken.write_bytes(b"")
+    options = {"model_options": TINY_MODEL, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"09\.png.* is a validation picture: .* skip_unreadable=true"):
+        train("fasternet_t0", str(tmp_path / "data"), tmp_path / "run", recipe=recipe, **options)
+    said: list[str] = []
+    recipe = dataclasses.replace(recipe, skip_unreadable=True)
+    hooks = Hooks(say=said.append)
+    train("fasternet_t0", str(tmp_path / "data"), tmp_path / "run", recipe=recipe, resume=True, hooks=hooks, **options)
+    evaluation = next(r for r in load_records(tmp_path / "run" / "log.jsonl") if r.kind == "evaluation")
+    assert evaluation.values["num_images"] == 5
+    assert any("09.png" in sentence for sentence in said)
 
 
 @pytest.mark.slow

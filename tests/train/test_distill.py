@@ -115,3 +115,56 @@ def test_teacher_may_be_any_network_of_timm(recipe: Recipe, monkeypatch: pytest.
     assert not network.training
     with pytest.raises(ValueError, match="recipe field teacher=regnety_16 is no model or run folder"):
         create_teacher(dataclasses.replace(recipe, teacher="regnety_16"), [""] * 1000, Preprocessing())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", "augreg_in21k has 21843 classes, the data 1000$"),
+        ("vit_small_patch14_dinov2.lvd142m", "the published weights of vit_small_patch14_dinov2 have no classifier$"),
+    ],
+)
+def test_teacher_whose_published_classifier_is_another_one_is_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    """A head of the data's size would be random."""
+    import timm
+
+    original = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, **o: original(name, pretrained=False, **o))
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        create_teacher(dataclasses.replace(recipe, teacher=name), [""] * 1000, Preprocessing())
+
+
+def test_teacher_that_cannot_be_downloaded_is_one_sentence_about_the_teacher(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", refuse)
+    message = (
+        r"^recipe field teacher=resnet18: cannot download the weights of resnet18 \(no route to host\): "
+        "without a network, give a model folder$"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        create_teacher(dataclasses.replace(recipe, teacher="resnet18"), [""] * 1000, Preprocessing())
+
+
+def test_teacher_is_a_folder_and_no_file(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:
+    found = create_teacher(dataclasses.replace(recipe, teacher=f"local-dir:{teacher}"), NAMES, Preprocessing())
+    plain = create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), NAMES, Preprocessing())
+    torch.testing.assert_close(found.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for name in (str(teacher / "model.safetensors"), "hf-hub:me/flowers"):
+        with pytest.raises(ValueError, match=f"^recipe field teacher={name}: give a model folder; timm's save_for_hf"):
+            create_teacher(dataclasses.replace(recipe, teacher=name), NAMES, Preprocessing())
+    with pytest.raises(ValueError, match=r"^recipe field teacher=.* is no model or run folder, .*holds no model\.safe"):
+        create_teacher(dataclasses.replace(recipe, teacher=str(tmp_path)), NAMES, Preprocessing())
+
+
+def test_teacher_cannot_be_put_into_training_mode(recipe: Recipe, teacher: Path) -> None:
+    found = create_teacher(dataclasses.replace(recipe, teacher=str(teacher)), NAMES, Preprocessing())
+    before = {name: tensor.clone() for name, tensor in found.state_dict().items()}
+    torch.nn.Sequential(found).train()(torch.randn(4, 3, 32, 32))
+    assert not any(module.training for module in found.modules())
+    torch.testing.assert_close(found.state_dict(), before, rtol=0, atol=0)

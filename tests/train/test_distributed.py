@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fasternet.models.checkpoint import load_checkpoint
 from fasternet.records import load_records
+from fasternet.train import distributed
 from fasternet.train.distributed import World, broadcast, gather, join_world, sum_over
 
 pytestmark = pytest.mark.multiprocess
@@ -146,6 +148,22 @@ def test_incomplete_environment_is_one_sentence(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv(missing)
     with pytest.raises(ValueError, match="as torchrun does"), join_world():
         pass
+
+
+@pytest.mark.parametrize(
+    ("machines", "restarts", "keeps_store", "warns"),
+    [("2", "3", "True", True), ("2", "3", "False", False), ("2", "0", "True", False), ("1", "3", "True", False)],
+)
+def test_restarts_on_several_machines_that_keep_their_store_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, machines: str, restarts: str, keeps_store: str, warns: bool
+) -> None:
+    environment = {"RANK": "0", "GROUP_WORLD_SIZE": machines, "TORCHELASTIC_USE_AGENT_STORE": keeps_store}
+    environment |= {"TORCHELASTIC_MAX_RESTARTS": restarts, "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)]))
+    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") if warns else nullcontext():
+        distributed._open_store()
 
 
 def test_world_of_one_needs_no_other() -> None:

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from fasternet.benchmark.faults import find_difference, list_tree, stop_tree
 from fasternet.cli._training import stop_between_steps
-from fasternet.models.checkpoint import load_checkpoint
+from fasternet.models.checkpoint import load_checkpoint, write_atomically
 from fasternet.records import load_records
 from fasternet.train.classification import Classification, train
 from fasternet.train.loop import Hooks, Progress
@@ -96,15 +99,59 @@ def test_stop_saves_the_state_of_the_step(run, uninterrupted: Path, tmp_path: Pa
     assert_same(output, uninterrupted)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_stop_asked_for_in_evaluation_comes_after_it(run, uninterrupted: Path, tmp_path: Path, epoch: int) -> None:
+    output, seen = tmp_path / "run", []
+    hooks = Hooks(progress=seen.append, stop=lambda: bool(seen and seen[-1].epoch == epoch and seen[-1].values))
+    with pytest.raises(InterruptedError, match=f"^stopped after epoch {epoch} of 2; the state is saved"):
+        run(output, hooks=hooks)
+    run(output, resume=True)
+    assert_same(output, uninterrupted)
+    assert [r.kind for r in load_records(output / "log.jsonl")].count("evaluation") == 1
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+def test_what_a_kill_left_of_a_file_goes_when_the_run_goes_on(run, tmp_path: Path, has_state: bool) -> None:
+    output, names = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        run(output, hooks=Hooks(progress=_interrupt))
+    write_atomically(output / "last" / "part.pt", lambda part: (part.touch(), names.append(part.name)))
+    left = [output / names[0], output / "last" / names[0], output / "best" / names[0]]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    if not has_state:  # the run begins anew
+        (output / "last" / "state.pt").unlink()
+    run(output, resume=True)
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_ask_for_a_stop_and_a_second_one_does_not_wait(number: signal.Signals) -> None:
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+@pytest.mark.parametrize("launched", [False, True])
+def test_signals_ask_for_a_stop_and_a_second_ctrl_c_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, launched: bool
+) -> None:
+    """torchrun makes two signals of one."""
+    monkeypatch.setenv("RANK", "0") if launched else monkeypatch.delenv("RANK", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with stop_between_steps() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+        # The command has yet to say how to go on.
+        assert (signal.getsignal(number) == before[number]) == (number == signal.SIGINT and not launched)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def test_signals_are_as_they_were_after_a_run_that_nobody_stopped() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_between_steps() as stop:
         assert not stop()
-        signal.raise_signal(number)
-        assert stop()
-        assert signal.getsignal(number) in before
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def _diverge_once(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
@@ -168,7 +215,7 @@ def test_run_killed_before_its_first_state_begins_anew(run, uninterrupted: Path,
     if left != "log":
         (output / "log.jsonl").unlink()
     if left == "nothing":
-        (output / "recipe.yaml").rename(output / ".recipe.x.yaml")
+        (output / "recipe.yaml").rename(output / ".part-recipe.x.yaml")
         for path in (output / "machines").iterdir():
             path.unlink()
         (output / "machines").rmdir()
@@ -196,9 +243,21 @@ def _interrupt(_: Progress) -> None:
     raise KeyboardInterrupt
 
 
-def start_command(pictures: Path, output: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fasternet", "train", "fasternet_t0", "--data", str(pictures), "--width", "8"]
-    command += ["--output", str(output), "--epochs", "200", "--set", "precision=fp32", "--batch-size", "8"]
+def start_command(pictures: Path, output: Path, *options: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    command = [sys.executable, *launcher, "-m", "fasternet", "train", "fasternet_t0", "--data", str(pictures)]
+    command += [
+        "--width",
+        "8",
+        "--output",
+        str(output),
+        "--epochs",
+        "200",
+        "--set",
+        "precision=fp32",
+        "--batch-size",
+        "8",
+    ]
     command += ["--input-size", "32", "--device", "cpu", *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -206,6 +265,13 @@ def start_command(pictures: Path, output: Path, *options: str) -> subprocess.Pop
 
 def wait_for_second_epoch(process: subprocess.Popen[str]) -> None:
     assert any(line.startswith("epoch 2/") for line in process.stderr)
+
+
+def describe_stop(output: Path) -> str:
+    """Return how the sentence about a stop with the state in this folder begins."""
+    state = load_state(output / "last" / "state.pt")
+    epoch, step = state["epoch"], state["step"]
+    return f"stopped in epoch {epoch + 1} after step {step} of " if step else f"stopped after epoch {epoch} of "
 
 
 @pytest.mark.slow
@@ -234,11 +300,36 @@ def test_sigterm_of_the_whole_group_stops_the_command_with_its_state_saved(
     assert process.returncode == 1
     assert "Traceback" not in rest
     last = rest.splitlines()[-1]
-    assert last.startswith("error: stopped in epoch ")
+    assert last.startswith(f"error: {describe_stop(output)}")
     assert f"--width 8 --device cpu --output {output} --resume" in last
-    step = int(last.split("after step ")[1].split()[0])
-    state = load_state(output / "last" / "state.pt")
-    assert (state["step"], f"in epoch {state['epoch'] + 1} after" in last) == (step, True)
+
+
+@pytest.mark.multiprocess
+def test_sigterm_of_all_processes_under_torchrun_saves_before_it_stops(pictures: Path, tmp_path: Path) -> None:
+    """``scancel --signal=TERM`` reaches them all, and torchrun then sends its own a second one."""
+
+    def start(name: str, *options: str) -> subprocess.Popen[str]:
+        options = ("--epochs", "20", *options)
+        return start_command(pictures, tmp_path / name, *options, torchrun=("--standalone", "--nproc-per-node", "2"))
+
+    calm = start("calm")
+    assert "epoch 20/20" in calm.communicate(timeout=240)[1]
+    process = start("run")
+    try:
+        wait_for_second_epoch(process)
+        for pid in list_tree(process.pid)[1:]:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.02)  # else the two are one to Python
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        stop_tree(process)
+    stopped = next((line for line in said.splitlines() if line.startswith("error: ")), said)
+    assert stopped.endswith("; the state is saved; go on with the same torchrun command and --resume")
+    assert stopped.startswith(f"error: {describe_stop(tmp_path / 'run')}")
+    resumed = start("run", "--resume")
+    assert "epoch 20/20" in resumed.communicate(timeout=240)[1]
+    assert find_difference(tmp_path / "run", tmp_path / "calm") is None
 
 
 def test_pictures_that_vanish_are_skipped_in_training(run, tmp_path: Path, pictures: Path) -> None:

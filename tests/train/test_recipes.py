@@ -1,9 +1,10 @@
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 
 from fasternet.models.fasternet import VARIANTS
-from fasternet.train.detection_recipe import DetectionRecipe
+from fasternet.train.detection_recipe import DETECTION_RECIPES, PAPER_DETECTION_RECIPES, DetectionRecipe
 from fasternet.train.recipe import BaseRecipe, Recipe, load_recipe, parse_overrides, save_recipe
 from fasternet.train.recipes import PAPER_RECIPES, RECIPES, find_recipe
 
@@ -52,6 +53,9 @@ def test_parse_overrides_leaves_the_other_fields_alone() -> None:
         ("random_resized_crop=0.5,0.2", "must rise within"),
         ("label_smoothing=1", "label_smoothing=1.0 must be between 0.0 and 0.99"),
         ("lr", "must read field=value"),
+        ("rand_augment=rand-m99", "rand_augment=rand-m99 must begin with rand-m and a whole number from 0 to 10"),
+        ("rand_augment=rand-m2.5", "whole number from 0 to 10"),
+        ("teacher=", "teacher= must be none or text that is not empty"),
     ],
 )
 def test_parse_overrides_refuses_a_wrong_value(override: str, message: str) -> None:
@@ -62,6 +66,14 @@ def test_parse_overrides_refuses_a_wrong_value(override: str, message: str) -> N
 def test_parse_overrides_offers_near_names() -> None:
     with pytest.raises(ValueError, match=r"no field 'batchsize'; did you mean batch_size"):
         parse_overrides(RECIPES["small"], ["batchsize=3"])
+    with pytest.raises(ValueError, match=r"no field 'nosuch'; its fields are epochs, batch_size, "):
+        parse_overrides(RECIPES["small"], ["nosuch=1"])
+
+
+def test_parse_overrides_refuses_a_field_with_two_values() -> None:
+    with pytest.raises(ValueError, match="epochs is given twice, as 3 and as 1"):
+        parse_overrides(RECIPES["small"], ["epochs=3", "lr=0.1", "epochs=1"])
+    assert parse_overrides(RECIPES["small"], ["lr=1e-1", "lr=0.1"]).lr == 0.1
 
 
 def test_recipe_refuses_to_mix_an_odd_batch() -> None:
@@ -96,6 +108,37 @@ def test_size_of_training_pictures_changes_for_the_last_epochs() -> None:
     for size, small in ((256, 192), (40, 32), (24, 24)):
         recipe = parse_overrides(RECIPES["small"], [f"input_size={size}"])
         assert (recipe.size_of(0), recipe.size_of(recipe.epochs - 1)) == (small, size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences"),
+    [
+        (["epochs=300"], []),
+        (["epochs=40"], []),
+        (
+            ["epochs=2"],
+            ["the rate reaches 0.000211", "full_size_epochs=20 is the whole run: no epoch trains at 192 px"],
+        ),
+        (["epochs=20"], ["no epoch trains at 192 px"]),
+        (["epochs=10", "lr_schedule=step", "full_size_epochs=0"], ["epochs=10 the rate reaches 0.00199"]),
+        (["epochs=20", "train_scale=1"], []),
+        (["epochs=20", "input_size=32"], []),
+    ],
+)
+def test_recipe_says_what_a_short_run_never_reaches(changes: list[str], sentences: list[str]) -> None:
+    recipe = parse_overrides(PAPER_RECIPES["fasternet_t0"], changes)
+    found = recipe.describe_shortfalls(20)
+    assert len(found) == len(sentences)
+    assert all(part in sentence for part, sentence in zip(sentences, found, strict=True))
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 1251])
+@pytest.mark.parametrize("kind", [PAPER_RECIPES, RECIPES, PAPER_DETECTION_RECIPES, DETECTION_RECIPES])
+def test_recipe_as_it_stands_has_no_shortfall(kind: Mapping[str, BaseRecipe], num_steps: int) -> None:
+    for recipe in kind.values():
+        # Table 7's warm-up of 500 steps is for COCO.
+        too_short = kind is PAPER_DETECTION_RECIPES and num_steps < 500 / 12
+        assert len(recipe.describe_shortfalls(num_steps)) == too_short
 
 
 ALL = [*PAPER_RECIPES.values(), *RECIPES.values()]

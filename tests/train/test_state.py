@@ -30,6 +30,25 @@ def test_state_returns_bitwise(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
+def test_state_that_does_not_reach_the_disk_leaves_both_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    for number in (1, 2):
+        save_state(path, {"number": number})
+
+    def fail(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_state(path, {"number": 3})
+    assert {file.name: load_state(file)["number"] for file in tmp_path.iterdir()} == {
+        "state.pt": 2,
+        "state-before.pt": 1,
+    }
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("harmed",)

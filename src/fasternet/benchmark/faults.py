@@ -315,9 +315,9 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _kill(pid: int) -> bool:
+def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
@@ -335,7 +335,11 @@ def kill_child(process: subprocess.Popen[bytes], lot: random.Random) -> bool:
     return bool(children) and _kill(lot.choice(children))
 
 
-def _terminate(process: subprocess.Popen[bytes], lot: random.Random) -> bool:
+def terminate_all(process: subprocess.Popen[bytes], lot: random.Random) -> bool:
+    """Send SIGTERM to whatever the command has started, then to the command: ``torchrun`` hands it on once more."""
+    for pid in list_tree(process.pid)[1:]:
+        _kill(pid, signal.SIGTERM)
+    time.sleep(lot.uniform(0.01, 0.03))  # else the two are one to Python
     process.terminate()
     return True
 
@@ -384,7 +388,8 @@ FAULTS = (
     Fault(KILL_ALONE, kill_all),
     Fault(KILL_ONE, kill_child, num_processes=2),
     Fault(KILL_ALL, kill_all, num_processes=2),
-    Fault("SIGTERM", _terminate),
+    Fault("SIGTERM", terminate_all),
+    Fault("SIGTERM of all processes under torchrun", terminate_all, num_processes=2),
     Fault("last state truncated", kill_all, truncate_state),
     Fault("last state with one bit flipped", kill_all, flip_bit),
     Fault("disk full", _fill_disk),

@@ -166,9 +166,10 @@ def measure_training(
 
 def find_obstacle(recipe: Recipe) -> str | None:
     """Return why a recipe cannot be compared with the plain loop, or None."""
-    on = [f"{name}={getattr(recipe, name)}" for name, off in _OFF.items() if getattr(recipe, name) != off]
-    off = ", ".join(f"{name}={str(value).lower()}" for name, value in _OFF.items())
-    return f"the plain loop has no {', '.join(on)}: it is compared with {off}" if on else None
+    on = [name for name, off in _OFF.items() if getattr(recipe, name) != off]
+    told = ", ".join(f"{name}={getattr(recipe, name)}" for name in on)
+    off = " ".join(f"--set {name}={str(_OFF[name]).lower()}" for name in on)
+    return f"the plain loop has no {told}: turn off what it lacks, {off}" if on else None
 
 
 def _find_builder(name: str) -> str:

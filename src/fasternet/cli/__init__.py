@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -59,6 +60,8 @@ def main() -> None:
 
     ``FASTERNET_DEBUG=1`` shows the traceback behind a sentence.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8, nor the terminal
     if os.environ.get("FASTERNET_DEBUG"):
         app()
     try:

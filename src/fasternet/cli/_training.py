@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from fasternet.cli._common import is_main_process, note
 
 if TYPE_CHECKING:
     from fasternet.train.loop import Hooks, Progress
+
+LINE_SECONDS = 60.0  # between two lines within an epoch where standard error is no terminal
 
 METRICS = {
     "validation_loss": ("validation loss", ".3f", ""),
@@ -65,6 +68,8 @@ def run_training(
     """
     from fasternet.train.loop import Hooks
 
+    given = {"--save-minutes": None if save_minutes == Hooks.save_minutes else save_minutes}
+    command = [*command, *list_options(given), *(word for name in watchers or () for word in ("--watch", name))]
     try:
         with show_progress() as progress, stop_between_steps() as stop:
             train(Hooks(progress=progress, say=note, stop=stop, save_minutes=save_minutes, watchers=watchers or ()))
@@ -76,9 +81,12 @@ def run_training(
 
 @contextlib.contextmanager
 def show_progress() -> Iterator[Callable[[Progress], None]]:
-    """Give the ``progress`` argument of ``train``: a line an epoch on standard error, on a terminal a bar as well."""
+    """Give the ``progress`` argument of ``train``: a line an epoch on standard error, on a terminal a bar as well.
+
+    Where it is no terminal, a long epoch has a line a minute.
+    """
     if not sys.stderr.isatty():
-        yield lambda state: note(_describe_epoch(state)) if state.values else None
+        yield print_progress()
         return
     from rich import progress as rich_progress
     from rich.console import Console
@@ -93,20 +101,48 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("starting", total=None)
 
         def update(state: Progress) -> None:
-            done = (state.epoch - 1) * state.num_steps + state.step
+            done, total = _count_steps(state)
             speed = f"{state.images_per_second:.0f} images/s"
             text = f"epoch {state.epoch}/{state.num_epochs}  loss {state.train_loss:.3f}  {speed}"
-            bar.update(task, completed=done, total=state.num_epochs * state.num_steps, description=text)
+            bar.update(task, completed=done, total=total, description=text)
             if state.values:
                 bar.console.print(_describe_epoch(state), highlight=False)
 
         yield update
 
 
+def print_progress(clock: Callable[[], float] = time.monotonic) -> Callable[[Progress], None]:
+    """Return a function that prints a line an epoch, and one a minute within an epoch.
+
+    Args:
+        clock: Tells the seconds.
+    """
+    first: tuple[float, int] | None = None  # time and steps at the first report
+    last = 0.0
+
+    def update(state: Progress) -> None:
+        nonlocal first, last
+        now, (done, total) = clock(), _count_steps(state)
+        if first is None:
+            first, last = (now, done), now
+        if state.values:
+            note(_describe_epoch(state))
+        elif now - last >= LINE_SECONDS and done > first[1]:
+            left = (total - done) * (now - first[0]) / (done - first[1])
+            note(_describe_step(state, left))
+        else:
+            return
+        last = now
+
+    return update
+
+
 @contextlib.contextmanager
 def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Give the ``stop`` hook: Ctrl-C and SIGTERM wait for the next step, save and stop; a second one does not wait.
+    """Give the ``stop`` hook: Ctrl-C and SIGTERM wait for the next step, save and stop; a second Ctrl-C does not wait.
 
+    ``torchrun`` hands on what it is sent, so that one signal to all processes reaches this one twice; it and SLURM
+    kill what has not ended in time. So a second SIGTERM, and under ``torchrun`` a second Ctrl-C, changes nothing.
     An interrupt in the middle of starting a loader's processes is lost in Python, and the processes die of it.
     """
     asked = False
@@ -114,14 +150,27 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT and "RANK" not in os.environ:
+            signal.signal(number, before[signal.SIGINT])
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not asked:  # else the command ends now, and a second SIGTERM must not cut off what it says
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _count_steps(state: Progress) -> tuple[int, int]:
+    """Return the steps of the run that are done, and all of them."""
+    return (state.epoch - 1) * state.num_steps + state.step, state.num_epochs * state.num_steps
+
+
+def _describe_step(state: Progress, left: float) -> str:
+    place = f"epoch {state.epoch}/{state.num_epochs}  step {state.step}/{state.num_steps}"
+    speed = f"{state.images_per_second:.0f} images/s"
+    return "  ".join((place, f"loss {state.train_loss:.3f}", speed, f"{_describe_time(left)} left"))
 
 
 def _describe_epoch(state: Progress) -> str:

@@ -322,7 +322,10 @@ def bench_deploy(
 def bench_training(
     data: Annotated[str, typer.Option(help="Folder of pictures, hf:NAME, or digits.")],
     name: Annotated[str, typer.Argument(help="Network: fasternet_t0 ..., or one of timm's.")] = "fasternet_t0",
-    recipe: Annotated[str, typer.Option(help="paper, finetune, small or digits.")] = "small",
+    recipe: Annotated[
+        str,
+        typer.Option(help="small, digits; finetune or paper, less what the plain loop lacks (mixup=0, cutmix=0 ...)."),
+    ] = "small",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,

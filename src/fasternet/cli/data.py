@@ -1,4 +1,4 @@
-"""``fasternet data``: looks at pictures before a long run, packs them into shards, imports VOC and YOLO."""
+"""``fasternet data``: looks at pictures before a long run, packs them into shards, lists shards, imports formats."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from fasternet.cli._common import note, print_json, print_table, track
 if TYPE_CHECKING:
     from fasternet.data.check import Check
     from fasternet.data.coco_check import CocoCheck
+    from fasternet.data.packing import Packed
 
 MAX_CLASSES = 40  # that are printed one by one
 NUM_EXTREME = 10  # classes with the most and with the fewest pictures, where there are more
 NUM_EXAMPLES = 5  # findings of a kind, and
 NUM_ERRORS = 50  # of what training would trip over
 
-data = typer.Typer(help="Look at data sets, pack them into shards, import VOC and YOLO.", no_args_is_help=True)
+data = typer.Typer(help="Look at data sets, pack them into shards, list shards, import formats.", no_args_is_help=True)
 
 
 @data.command("check")
 def check(
-    folder: Annotated[Path, typer.Argument(help="Of classes, with or without train and val; or in COCO's format.")],
+    folder: Annotated[str, typer.Argument(help="Of classes, with or without train and val; in COCO's format; shards.")],
     *,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="New folder for records and a page of thumbnails.")
@@ -39,18 +40,24 @@ def check(
     Equal pictures are found by their pixels, whatever the format and metadata of their files. The exit status is 1
     where training would trip over something: a picture that cannot be read, or a folder that it refuses. For detection
     name an annotation file in COCO's format, or a folder with such files: objects, masks and pictures are looked at.
+    Of packed shards, also at an address, the hashes are compared.
 
     Example: fasternet data check flowers -o outputs/flowers-check
     """
-    if _is_coco(folder):
-        _check_coco(folder, output, num_workers=num_workers, json=json)
-        return
     from fasternet.data.check import check_data, save_check
+    from fasternet.data.datasets import is_sharded
 
+    if is_sharded(folder):
+        _check_shards(folder, output, json=json)
+        return
+    path = Path(folder)
+    if _is_coco(path):
+        _check_coco(path, output, num_workers=num_workers, json=json)
+        return
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"output {output} holds something already: name a new folder")
     found = check_data(
-        folder, num_workers=num_workers, watch=lambda scans, total: track(scans, total, "reading pictures")
+        path, num_workers=num_workers, watch=lambda scans, total: track(scans, total, "reading pictures")
     )
     if json:
         print_json(found.values())
@@ -59,7 +66,7 @@ def check(
     if output is not None:
         from fasternet.report import create_report
 
-        page = create_report([save_check(found, folder, output)], output / "check.html")
+        page = create_report([save_check(found, path, output)], output / "check.html")
         (note if json else typer.echo)(str(page))
     if found.errors:
         raise typer.Exit(1)
@@ -92,11 +99,28 @@ def pack(
     if errors := packed.unreadable:
         more = [f"... and {len(errors) - NUM_ERRORS} more"] if len(errors) > NUM_ERRORS else []
         note("\n".join([f"left out, as they cannot be read: {len(errors)}", *errors[:NUM_ERRORS], *more]))
-    print_table(
-        ("training pictures", "validation pictures", "shards", "left out"),
-        [(packed.num_train, packed.num_validation, packed.num_shards, len(errors))],
-    )
-    typer.echo(str(packed.output))
+    _print_packed(packed)
+
+
+@data.command("index")
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of train*.tar and val*.tar or test*.tar.")],
+    *,
+    classes: Annotated[
+        Path | None, typer.Option(help="Text file, a name of a class per line, in the order of the numbers.")
+    ] = None,
+) -> None:
+    """List the WebDataset shards of another tool in shards.json, so that they can be trained on and evaluated.
+
+    The label of a picture is the text of KEY.cls, or in KEY.json the value of label, cls, class or class_name: the
+    number of a class or its name. The tar files are read once, and stay as they are.
+
+    Example: fasternet data index imagenet-wds --classes names.txt
+    """
+    from fasternet.data.indexing import index_shards
+
+    with _show_progress("indexing") as progress:
+        _print_packed(index_shards(folder, classes=classes, progress=progress))
 
 
 @data.command("import")
@@ -134,6 +158,14 @@ def import_(
     typer.echo(str(found.output))
 
 
+def _print_packed(packed: Packed) -> None:
+    print_table(
+        ("training pictures", "validation pictures", "shards", "left out"),
+        [(packed.num_train, packed.num_validation, packed.num_shards, len(packed.unreadable))],
+    )
+    typer.echo(str(packed.output))
+
+
 def _note_files(remark: str, files: Sequence[str]) -> None:
     more = [f"... and {len(files) - NUM_EXAMPLES:,} more"] if len(files) > NUM_EXAMPLES else []
     note("\n  ".join([f"{remark}: {len(files):,}", *files[:NUM_EXAMPLES], *more]))
@@ -161,6 +193,26 @@ def _check_coco(path: Path, output: Path | None, *, num_workers: int, json: bool
     else:
         _print_coco(found)
     if found.errors:
+        raise typer.Exit(1)
+
+
+def _check_shards(root: str, output: Path | None, *, json: bool) -> None:
+    from fasternet.data.shard_files import check_shard, load_contents
+
+    if output is not None:
+        raise ValueError(f"output {output}: a page is made of folders of classes, not of shards")
+    root = root.rstrip("/")
+    contents = load_contents(root)
+    shards = [*contents.train, *contents.validation]
+    checked = track((check_shard(root, shard) for shard in shards), len(shards), "reading shards")
+    errors = [error for error in checked if error]
+    if json:
+        print_json({"num_shards": len(shards), "num_images": sum(s.num_images for s in shards), "errors": errors})
+    else:
+        if errors:
+            print_table(("training would trip over",), [(error,) for error in errors[:NUM_ERRORS]])
+        typer.echo(f"{root}: {len(shards):,} shards, of which {len(errors):,} are not as shards.json describes them")
+    if errors:
         raise typer.Exit(1)
 
 

@@ -125,8 +125,8 @@ def describe_protocol(preprocessing: Preprocessing) -> str:
 
 
 def _override(preprocessing: Preprocessing, size: int | None, crop: float | None) -> Preprocessing:
-    if crop is not None and not 0 < crop <= 1:
-        raise ValueError(f"crop={crop:g} must be above 0 and at most 1: the crop divided by the resized shorter side")
+    if crop is not None and not 0.05 <= crop <= 1:
+        raise ValueError(f"crop={crop:g} must be between 0.05 and 1: the crop divided by the resized shorter side")
     return dataclasses.replace(
         preprocessing, input_size=size or preprocessing.input_size, crop_ratio=crop or preprocessing.crop_ratio
     )
@@ -191,7 +191,8 @@ def _print_tables(document: dict[str, Any]) -> None:
     print_table(("class", "pictures", "top-1 %"), [(row["name"], row["num_images"], row["top1"]) for row in rows])
     columns = ("model", "data", "pictures", "top-1 %", "top-5 %", "loss", "ECE")
     fields = ("model", "data", "num_images", "top1", "top5", "loss", "ece")
-    print_table(columns, [[document[field] for field in fields]])
+    shown = [pair for pair in zip(columns, fields, strict=True) if pair[1] != "top5" or len(document["per_class"]) > 5]
+    print_table([column for column, _ in shown], [[document[field] for _, field in shown]])
     typer.echo("\n".join([document["protocol"], *document["remarks"]]))
     if errors := document["unreadable"]:
         more = [f"... and {len(errors) - NUM_NAMED} more"] if len(errors) > NUM_NAMED else []

@@ -105,8 +105,9 @@ def _print_result(folder: Path) -> None:
     from fasternet.records import load_records
 
     values = next(r.values for r in load_records(folder / "log.jsonl") if r.kind == "evaluation")
+    top5 = f"top-5 {values['top5']:.2f} %, " if len(values["per_class"]) > 5 else ""
     print(
-        f"best checkpoint: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %, loss {values['loss']:.3f} "
+        f"best checkpoint: top-1 {values['top1']:.2f} %, {top5}loss {values['loss']:.3f} "
         f"on {values['num_images']} pictures"
     )
     print(folder)

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from fasternet.data.datasets import VALIDATION_FOLDERS, create_datasets, is_sharded
-from fasternet.data.images import IMAGE_SUFFIXES, ImageError, decode_image, load_image
+from fasternet.data.datasets import create_datasets, is_sharded
+from fasternet.data.images import ImageError, decode_image, load_image
+from fasternet.data.listing import list_files
 from fasternet.data.loaders import explain_dead_worker
 from fasternet.environment import create_record, describe_machine
 from fasternet.records import append_records
@@ -34,7 +35,7 @@ ORIENTATION = 0x0112  # the tag in EXIF data
 # What is found, and what it means; training trips over the first two.
 KINDS = {
     "structure": "training refuses the folder",
-    "unreadable": "cannot be read",
+    "unreadable": "cannot be read; training takes others instead, up to a limit, its evaluation stops at the first",
     "across classes": "one picture in several classes: a contradiction",
     "across splits": "one picture in several splits: the evaluation is no longer fair",
     "duplicate": "one picture several times in one class and split",
@@ -47,7 +48,7 @@ KINDS = {
     "animated": "several frames; the first counts",
     "turned": "turned upright as its EXIF data says",
     "suffix": "the suffix differs from the content",
-    "passed over": "a file of another suffix, which is passed over",
+    "passed over": "of another suffix, beside the classes, no regular file, or a link to a folder above it",
 }
 ERRORS = ("structure", "unreadable")
 GROUPS = ("across classes", "across splits", "duplicate")  # findings of several equal pictures
@@ -163,12 +164,12 @@ def check_data(data: Path | str, *, num_workers: int = 0, watch: Watch | None = 
     """
     root, name = Path(data), Path(data).resolve().name
     obstacle = _find_obstacle(root)
-    has_splits, counts, files, passed_over = _list_files(root)
-    if not files:
+    has_splits, counts, files, passed_over = list_files(root)
+    if not files and not passed_over:
         raise obstacle or ValueError(f"data folder {root} holds no pictures")
     sides, formats, modes = Counter[int](), Counter[str](), Counter[str]()
     findings = [Finding("structure", str(obstacle).replace(str(root), name))] if obstacle else []
-    findings += [Finding("passed over", Path(path).suffix, (path,)) for path in passed_over]
+    findings += [Finding("passed over", remark, (path,)) for path, remark in passed_over]
     seen: dict[bytes, str] = {}
     groups: dict[bytes, list[str]] = {}
     scans = _scan_all(root, files, num_workers)
@@ -204,34 +205,6 @@ def _find_obstacle(root: Path) -> ValueError | FileNotFoundError | None:
     return None
 
 
-def _list_files(root: Path) -> tuple[bool, dict[str, dict[str, int]], list[str], list[str]]:
-    """Return whether there are splits, the number of pictures per split and class, the pictures and other files."""
-    names = [name for name in ("train", *VALIDATION_FOLDERS) if (root / name).is_dir()]
-    counts: dict[str, dict[str, int]] = {}
-    files: list[str] = []
-    others: list[str] = []
-    for split in names or [""]:
-        classes = counts[split or "all"] = {}
-        for folder in sorted(path for path in (root / split).iterdir() if not path.name.startswith(".")):
-            if folder.is_dir():
-                found = sorted(_walk(folder, root))
-                pictures = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
-                classes[folder.name] = len(pictures)
-                files += pictures
-                others += sorted(set(found) - set(pictures))
-            elif folder.name.lower().endswith(IMAGE_SUFFIXES):
-                others.append(folder.relative_to(root).as_posix())  # beside the classes' folders
-    return bool(names), counts, files, others
-
-
-def _walk(folder: Path, root: Path) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                yield Path(parent, name).relative_to(root).as_posix()
-
-
 class _Scans(Dataset[_Scan]):
     """What is told of each file."""
 
@@ -261,6 +234,8 @@ def _scan_all(root: Path, files: Sequence[str], num_workers: int) -> Iterator[_S
 
 def _scan(root: Path, path: str) -> _Scan:
     try:
+        if (root / path).exists() and not (root / path).is_file():
+            return _Scan(path, error="it is no regular file")  # a link to a pipe, which has no end
         content = (root / path).read_bytes()
         image = decode_image(content, path)
     except ImageError as error:

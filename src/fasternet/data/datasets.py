@@ -14,13 +14,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fasternet.data.images import find_images, load_image
+from fasternet.data.images import IMAGE_SUFFIXES, find_images, load_image
 from fasternet.models.checkpoint import Preprocessing
 
 if TYPE_CHECKING:
     from fasternet.data.shards import ShardStream
 
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+TRAINING_NAMES = ("train", "training")  # of folders; capitals do not count
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # of other layouts, and splits of the hub
 VALIDATION_SHARE = 0.2
 SHARDS_FILE = "shards.json"
 
@@ -104,10 +106,10 @@ def create_datasets(data: str | Path, *, seed: int = 0) -> Datasets:
 
     Args:
         data: ``digits`` (built in; a folder of that name is ``./digits``), or a folder: with ``train`` and
-            one of ``val``, ``valid``, ``validation``, ``test`` in it, each a folder of pictures per class; or
-            with the folders of the classes, and then a fifth of each class becomes validation pictures; or
-            of packed shards, also by its ``http(s)://`` address; or ``hf:`` and the name of a Hugging Face
-            data set or the folder it was saved to.
+            one of ``val``, ``valid``, ``validation``, ``dev``, ``test`` in it (``training`` and ``testing`` too, in
+            capitals or not), each a folder of pictures per class; or with the folders of the classes, and then
+            a fifth of each class becomes validation pictures; or of packed shards, also by its ``http(s)://``
+            address; or ``hf:`` and the name of a Hugging Face data set or the folder it was saved to.
         seed: Decides that split, together with the names of the files; nothing else does.
 
     Raises:
@@ -127,17 +129,17 @@ def create_datasets(data: str | Path, *, seed: int = 0) -> Datasets:
 
         return create_shard_datasets(data)
     root = _check_folder(Path(data))
-    validation_folder = _find_validation_folder(root)
-    has_train = (root / "train").is_dir()
-    if not has_train and not validation_folder:
+    train_folder, validation_folder = find_split(root, TRAINING_NAMES), find_split(root, VALIDATION_NAMES)
+    if train_folder is None and validation_folder is None:
         return split_dataset(create_dataset(root), seed, Preprocessing())
-    if not has_train or not validation_folder:
-        present, absent = ("train", "val") if has_train else ((validation_folder or root).name, "train")
+    if train_folder is None or validation_folder is None:
+        present, absent = (train_folder, "val") if train_folder else (validation_folder, "train")
+        assert present is not None
         raise ValueError(
-            f"data folder {root} holds {present} but no {absent}; to have a fifth of {root / present} "
+            f"data folder {root} holds {present.name} but no {absent}; to have a fifth of {present} "
             "split off for validation, name that folder"
         )
-    train, validation = create_dataset(root / "train"), create_dataset(validation_folder)
+    train, validation = create_dataset(train_folder), create_dataset(validation_folder)
     if train.class_names != validation.class_names:
         raise ValueError(_explain_class_difference(train, validation))
     return Datasets(train, validation, train.class_names, Preprocessing())
@@ -155,7 +157,7 @@ def create_validation_dataset(data: str | Path, *, seed: int = 0) -> ImageDatase
         ValueError: The folder holds no validation pictures.
     """
     is_folder = str(data) != "digits" and not str(data).startswith("hf:") and not is_sharded(data)
-    if is_folder and (folder := _find_validation_folder(_check_folder(Path(data)))):
+    if is_folder and (folder := find_split(_check_folder(Path(data)), VALIDATION_NAMES)):
         return create_dataset(folder)
     return create_datasets(data, seed=seed).validation
 
@@ -165,13 +167,19 @@ def create_dataset(folder: Path) -> ImageDataset:
 
     Raises:
         FileNotFoundError: There is no such folder, or a class has no pictures.
-        ValueError: The folder does not hold two classes or more.
+        ValueError: The folder does not hold two classes or more, or they are splits by another name.
     """
-    entries = sorted(_check_folder(folder).iterdir())
-    folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    folders = list_folders(_check_folder(folder))
     if len(folders) < 2:
         found = f"holds one only, {folders[0].name}" if folders else "holds none"
+        found += "; of shards, `fasternet data index` makes a data set" if any(folder.glob("*.tar")) else ""
         raise ValueError(f"data folder {folder} must hold a folder of pictures per class, but {found}")
+    if repeated := _find_repeated(folders):
+        raise ValueError(
+            f"data folder {folder} looks like splits, not classes: {_name_some([path.name for path in folders])} hold "
+            f"the same folders ({_name_some(repeated)}) and no pictures; name the splits train and val, or put the "
+            "pictures of each class directly into its folder"
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for label, class_folder in enumerate(folders):
@@ -179,6 +187,44 @@ def create_dataset(folder: Path) -> ImageDataset:
         paths += [path.relative_to(folder) for path in found_paths]
         labels += [label] * len(found_paths)
     return ImageDataset(folder, paths, labels, [path.name for path in folders])
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """List the folders in a folder by name, without hidden ones, links to a folder above and macOS's leftovers."""
+    here = folder.resolve()
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+        and not path.name.startswith(".")
+        and path.name != "__MACOSX"
+        and not here.is_relative_to(path.resolve())
+    ]
+
+
+def list_splits(root: Path) -> list[Path]:
+    """List the folders that are splits by their names, training first; none where they are classes.
+
+    They are classes where other folders lie beside them, and all of them hold their pictures directly.
+    """
+    folders = list_folders(root)
+    names = (*TRAINING_NAMES, *VALIDATION_NAMES)
+    splits = [path for path in folders if path.name.lower() in names]
+    if len(splits) < len(folders) and not any(list_folders(path) for path in splits):
+        return []
+    return sorted(splits, key=lambda path: names.index(path.name.lower()))
+
+
+def find_split(root: Path, names: Sequence[str]) -> Path | None:
+    """Return the first folder of ``list_splits`` that bears one of the names.
+
+    Raises:
+        ValueError: Two folders differ by capitals alone.
+    """
+    found = [path for path in list_splits(root) if path.name.lower() in names]
+    if len({path.name.lower() for path in found}) < len(found):
+        raise ValueError(f"data folder {root} holds {_name_some([path.name for path in found])}: rename all but one")
+    return found[0] if found else None
 
 
 def is_sharded(data: str | Path) -> bool:
@@ -218,8 +264,24 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def _find_validation_folder(root: Path) -> Path | None:
-    return next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+def _find_repeated(folders: Sequence[Path]) -> list[str]:
+    """Return the folders that all folders have in common, where these are two or more and lie beside no picture."""
+    common: set[str] | None = None
+    for folder in folders:
+        own = set()
+        for path in folder.iterdir():
+            if path.name.lower().endswith(IMAGE_SUFFIXES) and not path.is_dir():
+                return []
+            if path.is_dir() and not path.name.startswith("."):
+                own.add(path.name)
+        common = own if common is None else common & own
+        if len(common) < 2:
+            return []
+    return sorted(common or ())
+
+
+def _name_some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _load_digits() -> ImageDataset:
@@ -244,6 +306,5 @@ def _explain_class_difference(train: ImageDataset, validation: ImageDataset) -> 
     parts = []
     for one, other in ((train, validation), (validation, train)):
         if names := sorted(set(one.class_names) - set(other.class_names)):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{one.root} alone has {', '.join(names[:3])}{more}")
+            parts.append(f"{one.root} alone has {_name_some(names)}")
     return f"{train.root} and {validation.root} must hold the same classes: {'; '.join(parts)}"

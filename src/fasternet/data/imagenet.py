@@ -6,24 +6,30 @@ which labels mean what is read from the files that timm brings along. Legend: N 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fasternet.data.datasets import VALIDATION_FOLDERS, ImageDataset, create_validation_dataset, is_sharded
+from fasternet.data.datasets import (
+    VALIDATION_NAMES,
+    ImageDataset,
+    create_validation_dataset,
+    find_split,
+    is_sharded,
+    list_folders,
+)
 from fasternet.data.images import find_images
+from fasternet.data.labels import Classes, find_classes, index_classes, read_labels
 
 REAL = "real"
 SUBSETS = {"ImageNet-A": "imagenet_a_synsets.txt", "ImageNet-R": "imagenet_r_synsets.txt"}
-_SYNSET = re.compile(r"n\d{8}")
 _INDICES = frozenset(range(1000))
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
@@ -62,9 +68,10 @@ def open_evaluation_data(
     """Open the pictures that a network is judged by, with labels in the order of its outputs.
 
     Args:
-        data: What ``create_validation_dataset`` takes. For a network of ImageNet's classes also a folder, or its
-            ``val``, whose folders are named by synsets (any of the 1000; exactly those of ImageNet-A or -R: the
-            network chooses among these 200) or by numbers (ImageNet-V2), of which all pictures count.
+        data: What ``create_validation_dataset`` takes. For a network of ImageNet's classes also data whose classes are
+            named by synsets (any of the 1000; exactly those of ImageNet-A or -R: the network chooses among these
+            200), by numbers (ImageNet-V2) or by words that are unique. Of such folders, or of those in their
+            ``val``, all pictures count.
         class_names: The classes that the network was trained on, or None where nobody named them.
         num_classes: How many it has.
         labels: A file that names the class of each picture of a flat folder, or ``real``, for the reassessed labels
@@ -74,26 +81,30 @@ def open_evaluation_data(
         FileNotFoundError: There is no such folder or label file.
         ValueError: The labels are not understood, or the network was trained on other classes.
     """
-    names = name_classes(class_names) if is_imagenet(class_names, num_classes) else class_names
+    imagenet = is_imagenet(class_names, num_classes)
+    names = name_classes(class_names) if imagenet else class_names or [str(number) for number in range(num_classes)]
     is_local = Path(data).is_dir() and data != "digits" and not is_sharded(data)
-    root = _find_pictures(Path(data)) if is_local else Path(data)
+    root = _find_pictures(Path(data), labelled=labels is not None) if is_local else Path(data)
     if labels is not None:
         if not is_local:
             if not Path(data).exists():
                 raise FileNotFoundError(f"no data folder at {data}")
             raise ValueError(f"labels {labels} name the pictures of a folder, and data {data} is none")
-        return _open_labelled(root, labels, names or [str(number) for number in range(num_classes)])
-    folders = _list_folders(root) if is_local else []
+        return _open_labelled(root, labels, names, imagenet=imagenet)
+    folders = [path.name for path in list_folders(root)] if is_local else []
     if is_local and not folders and any(path.is_file() for path in root.iterdir()):
         raise ValueError(f"data folder {root} holds no folder per class: name a file with the labels (labels)")
-    if names is not None and is_imagenet(class_names, num_classes) and folders:
-        if all(_SYNSET.fullmatch(name) for name in folders):
-            return _open_synsets(root, folders, names)
-        if all(name.isdecimal() for name in folders):
-            return _open_numbers(root, folders, names)
+    if imagenet and folders and (outputs := _find_outputs(folders, names, str(root))):
+        return _judge_outputs(_open_folders(root, folders), outputs, names)
     dataset = create_validation_dataset(data)
+    found = dataset.class_names
+    if imagenet and (len(found) == num_classes or not _are_numbers(found)):
+        outputs = _find_outputs(found, names, data)
+        if outputs is not None:
+            return _judge_outputs(dataset, outputs, names)
     _check_classes(dataset.class_names, class_names, num_classes, data)
-    return EvaluationData(dataset, dataset.class_names)
+    remark = f"no class of {data} is named as one of ImageNet's: they are taken for the network's in their order"
+    return EvaluationData(dataset, dataset.class_names, remarks=(remark,) if imagenet else ())
 
 
 def is_imagenet(class_names: Sequence[str] | None, num_classes: int) -> bool:
@@ -128,50 +139,73 @@ def _read_info(name: str) -> str:
     return (resources.files("timm.data") / "_info" / name).read_text(encoding="utf-8")
 
 
-def _find_pictures(root: Path) -> Path:
-    return next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), root)
+def _find_pictures(root: Path, *, labelled: bool) -> Path:
+    """Return the folder of the validation pictures; with labels in a file it may be flat, whatever lies beside it."""
+    if not labelled:
+        return find_split(root, VALIDATION_NAMES) or root
+    found = {path.name.lower(): path for path in list_folders(root)}
+    return next((found[name] for name in VALIDATION_NAMES if name in found), root)
 
 
-def _list_folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isdecimal() for name in names)
 
 
-def _open_synsets(root: Path, folders: Sequence[str], names: Sequence[str]) -> EvaluationData:
-    outputs = {synset: number for number, synset in enumerate(_synsets())}
-    if unknown := [name for name in folders if name not in outputs]:
-        raise ValueError(f"{root / unknown[0]} is not one of ImageNet's 1000 classes ({len(unknown)} such folders)")
+def _find_outputs(found: Sequence[str], names: Sequence[str], where: str) -> list[int] | None:
+    """Return the outputs of classes that bear numbers, synsets or words of ImageNet's; None where none of them does.
+
+    Words that are not unique, or unknown, are no obstacle where all others stand in ImageNet's order.
+    """
+    if _are_numbers(found):
+        if beyond := [name for name in found if int(name) >= len(names)]:
+            raise ValueError(f"{where}/{beyond[0]} is no number of a class: they run from 0 to {len(names) - 1}")
+        return [int(name) for name in found]
+    classes = _index_imagenet(tuple(names))
+    known = [find_classes(classes, name) for name in found]
+    if not any(known):
+        return None
+    if len(found) == len(names) and all(number in some for number, some in enumerate(known) if some):
+        return list(range(len(names)))
+    if unknown := [name for name, some in zip(found, known, strict=True) if not some]:
+        raise ValueError(f"{where}/{unknown[0]} is not one of ImageNet's 1000 classes ({len(unknown)} such folders)")
+    for name, some in zip(found, known, strict=True):
+        if len(some) > 1:
+            synsets = " or ".join(_synsets()[number] for number in some)
+            raise ValueError(f"{where}/{name} may be several of ImageNet's classes: name it by its synset, {synsets}")
+    return [some[0] for some in known]
+
+
+@functools.cache
+def _index_imagenet(names: tuple[str, ...]) -> Classes:
+    words = [description.partition(",")[0] for description in _descriptions()]
+    return index_classes(names, _synsets(), _descriptions(), words)
+
+
+def _judge_outputs(dataset: ImageDataset, outputs: Sequence[int], names: Sequence[str]) -> EvaluationData:
+    """Label pictures by the outputs of their classes; the sets of 200 classes are judged among these."""
     for title, file in SUBSETS.items():
-        if set(folders) == set(_read_info(file).split()):
-            kept = tuple(outputs[name] for name in folders)
-            dataset = _open_folders(root, folders, range(len(folders)), [names[output] for output in kept])
+        if sorted(outputs) == [_synsets().index(synset) for synset in _read_info(file).split()]:
+            dataset.class_names = tuple(names[output] for output in outputs)
             remark = f"{title}: the network chooses among the 200 classes of the set"
-            return EvaluationData(dataset, dataset.class_names, kept, remarks=(remark,))
-    return _open_part(root, folders, [outputs[name] for name in folders], names)
+            return EvaluationData(dataset, dataset.class_names, tuple(outputs), remarks=(remark,))
+    dataset.labels = [outputs[label] for label in dataset.labels]
+    dataset.class_names = tuple(names)
+    few = f"pictures of {len(set(outputs))} of the {len(names)} classes; the network chooses among all"
+    return EvaluationData(dataset, dataset.class_names, remarks=() if len(set(outputs)) == len(names) else (few,))
 
 
-def _open_numbers(root: Path, folders: Sequence[str], names: Sequence[str]) -> EvaluationData:
-    """Open folders that are named by their classes' numbers: '10' comes after '9'."""
-    if beyond := [name for name in folders if int(name) >= len(names)]:
-        raise ValueError(f"{root / beyond[0]} is no number of a class: they run from 0 to {len(names) - 1}")
-    folders = sorted(folders, key=int)
-    return _open_part(root, folders, [int(name) for name in folders], names)
-
-
-def _open_part(root: Path, folders: Sequence[str], labels: Sequence[int], names: Sequence[str]) -> EvaluationData:
-    dataset = _open_folders(root, folders, labels, names)
-    few = f"pictures of {len(folders)} of the {len(names)} classes; the network chooses among all"
-    return EvaluationData(dataset, dataset.class_names, remarks=() if len(folders) == len(names) else (few,))
-
-
-def _open_folders(root: Path, folders: Sequence[str], labels: Sequence[int], names: Sequence[str]) -> ImageDataset:
+def _open_folders(root: Path, folders: Sequence[str]) -> ImageDataset:
     found = [find_images([root / folder]) for folder in folders]
     paths = [path.relative_to(root) for members in found for path in members]
-    all_labels = [label for label, members in zip(labels, found, strict=True) for _ in members]
-    return ImageDataset(root, paths, all_labels, names)
+    labels = [label for label, members in enumerate(found) for _ in members]
+    return ImageDataset(root, paths, labels, folders)
 
 
-def _open_labelled(root: Path, labels: str, names: Sequence[str]) -> EvaluationData:
+def _open_labelled(root: Path, labels: str, names: Sequence[str], *, imagenet: bool) -> EvaluationData:
     """Open all pictures below a folder with the labels of a file, or with ReaL."""
+    is_real = labels == REAL or Path(labels).suffix == ".json"
+    if is_real and not imagenet:
+        raise ValueError(f"labels {labels} are of ImageNet's 1000 classes, and the network was trained on others")
     if labels == REAL and not Path(labels).exists():
         return _open_real(root, json.loads(_read_info("imagenet_real_labels.json")), names)
     file = Path(labels)
@@ -185,60 +219,14 @@ def _open_labelled(root: Path, labels: str, names: Sequence[str]) -> EvaluationD
     if file.suffix == ".json":
         return _open_real(root, table, names)
     paths = [path.relative_to(root) for path in find_images([root])]
-    labels_by_name = _parse_labels(file, text, {key for path in paths for key in (path.name, path.stem)}, names)
-    found = [labels_by_name.get(path.name, labels_by_name.get(path.stem)) for path in paths]
-    if absent := [path for path, label in zip(paths, found, strict=True) if label is None]:
-        raise ValueError(f"label file {file} does not name {absent[0]} ({len(absent)} of {len(paths)} pictures)")
-    dataset = ImageDataset(root, paths, [label for label in found if label is not None], names)
-    missing = len(labels_by_name) - len(paths)
-    remark = f"the label file names {missing} more pictures, which are not in the folder"
-    return EvaluationData(dataset, dataset.class_names, remarks=(remark,) if missing > 0 else ())
-
-
-def _parse_labels(file: Path, text: str, pictures: set[str], names: Sequence[str]) -> dict[str, int]:
-    """Read lines of 'NAME LABEL' or 'NAME,LABEL' (further words are boxes), or of ImageNet's synsets, one each."""
-    separator = "," if "," in text.partition("\n")[0] else None
-    rows = (
-        list(csv.reader(text.splitlines()))
-        if separator
-        else [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
-    )
-    if rows and all(len(row) == 1 for row in rows):
-        if all(row[0].isdecimal() for row in rows):
-            raise ValueError(
-                f"label file {file} holds numbers alone: the devkit's ILSVRC ids are not the order of the network's "
-                "outputs; take a file with a picture's name and its index from 0, or its synset, on each line"
-            )
-        rows = [[f"ILSVRC2012_val_{number:08}", row[0]] for number, row in enumerate(rows, start=1)]
-    numbers = {name: number for number, name in enumerate(names)}
-    if len(names) == len(_synsets()):
-        numbers |= {synset: number for number, synset in enumerate(_synsets())}
-    table: dict[str, int] = {}
-    for line, row in enumerate(rows, start=1):
-        name = Path(row[0]).name if row else ""
-        if line == 1 and separator and name not in pictures:
-            continue  # the head of a table
-        if len(row) < 2 or not row[1].strip():
-            raise ValueError(f"label file {file} line {line} must be a picture's name and its label")
-        table[name] = _parse_label(row[1].strip(), numbers, f"label file {file} line {line}", len(names))
-    return table
-
-
-def _parse_label(word: str, numbers: Mapping[str, int], where: str, num_classes: int) -> int:
-    for label in (word, word.split()[0]):
-        if label in numbers:
-            return numbers[label]
-    if not word.isdecimal():
-        raise ValueError(f"{where}: {word!r} is neither a class of the network nor the index of one")
-    if int(word) >= num_classes:
-        raise ValueError(f"{where}: index {word} is beyond {num_classes - 1}; classes are counted from 0")
-    return int(word)
+    classes = _index_imagenet(tuple(names)) if imagenet else index_classes(names)
+    found, remarks = read_labels(file, text, paths, classes, len(names))
+    dataset = ImageDataset(root, paths, found, names)
+    return EvaluationData(dataset, dataset.class_names, remarks=remarks)
 
 
 def _open_real(root: Path, table: object, names: Sequence[str]) -> EvaluationData:
     """Open ImageNet's validation pictures with the labels of ReaL, a list of indices for each picture, by number."""
-    if len(names) != len(_synsets()):
-        raise ValueError(f"the ReaL labels are of ImageNet's 1000 classes, and the network has {len(names)}")
     if not isinstance(table, list) or not all(isinstance(row, list) and set(row) <= _INDICES for row in table):
         raise ValueError("a label file in JSON must hold a list of indices, 0 to 999, for each picture, as ReaL's does")
     paths, rows, num_left = [], [], 0

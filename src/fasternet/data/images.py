@@ -14,11 +14,18 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+SHARD_SUFFIX = ".tar"
 
 # Twice Pillow's MAX_IMAGE_PIXELS, from where on Pillow itself refuses: 179 megapixels.
 MAX_PIXELS = 178_956_970
+
+STRIP_ROWS = 256  # of a picture laid on white at once: 13370 x 13370 pixels took 2.8 GB whole, now 1.5
+WHITE_IS_ZERO = 0  # the value of the tag of a TIFF file
 
 
 class ImageError(ValueError):
@@ -69,8 +76,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return _lay_on_white(image)
     return image.convert("RGB")  # a copy, of an RGB picture too
 
 
@@ -85,6 +91,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: A folder holds no picture.
+        ValueError: A path is a packed shard.
     """
     return list(list_images(paths))
 
@@ -94,11 +101,15 @@ def list_images(paths: Iterable[Path | str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: A folder holds no picture.
+        ValueError: A path is a packed shard.
     """
     for path in map(Path, paths):
+        if path.suffix == SHARD_SUFFIX and path.is_file():
+            raise ValueError(f"{path} is a shard, no picture: name the folder of the shards, and an output")
         found = _walk(path) if path.is_dir() else iter([path])
         if (first := next(found, None)) is None:
-            raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}")
+            remark = "; shards, which it holds, need an output" if any(path.glob(f"*{SHARD_SUFFIX}")) else ""
+            raise FileNotFoundError(f"no pictures in folder {path}; looked for {', '.join(IMAGE_SUFFIXES)}{remark}")
         yield first
         yield from found
 
@@ -110,6 +121,8 @@ def holds_image(folder: Path) -> bool:
 
 def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) -> Image.Image:
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise ValueError("it is a folder" if source.is_dir() else "it is no regular file")  # a pipe has no end
         # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -124,14 +137,32 @@ def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) 
         raise ImageError(f"cannot read {name}: {_explain(source, error)}") from error
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
+    """Yield the pictures below a folder; a link to a folder ``above`` it, which would never end, is passed over."""
+    here = folder.stat()
+    if any(os.path.samestat(here, other) for other in above):
+        return
     with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        # What is neither file, folder nor link is a pipe, a socket or a device.
+        names = sorted(
+            (entry.name, Path(entry).is_dir() if entry.is_symlink() else entry.is_dir())
+            for entry in entries
+            if not entry.name.startswith(".") and (entry.is_symlink() or entry.is_dir() or entry.is_file())
+        )
     for name, is_folder in names:
         if is_folder:
-            yield from _walk(folder / name)
+            yield from _walk(folder / name, (*above, here))
         elif name.lower().endswith(IMAGE_SUFFIXES):
             yield folder / name
+
+
+def _lay_on_white(image: Image.Image) -> Image.Image:
+    laid = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP_ROWS):
+        box = (0, top, image.width, min(image.height, top + STRIP_ROWS))
+        strip = image.crop(box).convert("RGBA")
+        laid.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), box)
+    return laid
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -142,12 +173,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its grey values run from {values.min()} to {values.max()}, beyond 0 to {limit}")
     # The high byte is also what Pillow keeps of a 16-bit RGB picture.
     scaled = (values * 255).round() if image.mode == "F" else values >> 8
-    return Image.fromarray(scaled.astype(np.uint8))
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        scaled = 255 - scaled
+    grey = Image.fromarray(scaled.astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):  # of a PNG: a value of 16 bits
+        grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+    return grey
 
 
 def _explain(source: Path | io.BytesIO, error: Exception) -> str:
-    if isinstance(source, Path) and source.is_dir():
-        return "it is a folder"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import random
@@ -20,6 +19,7 @@ from fasternet.data.datasets import SHARDS_FILE, ImageDataset, create_datasets
 from fasternet.data.images import IMAGE_SUFFIXES, ImageError, decode_image
 from fasternet.data.shard_files import LABEL_SUFFIX, Contents, Shard, save_contents
 from fasternet.environment import describe_machine
+from fasternet.models.download import hash_file
 
 Progress = Callable[[int, int], object]
 
@@ -207,8 +207,7 @@ def _write_shards(
                 _add(tar, str(Path(name).with_suffix(LABEL_SUFFIX)), str(label).encode())
                 _add(tar, name, content)
                 num_images += 1
-        with path.open("rb") as file:
-            yield Shard(path.name, num_images, hashlib.file_digest(file, "sha256").hexdigest())
+        yield Shard(path.name, num_images, hash_file(path), path.stat().st_size)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,8 +1,8 @@
 """Files of packed shards: tar files of pictures in the WebDataset layout, in a folder or at an http(s) address.
 
 ``shards.json`` beside them lists the classes in order and, for each split, the shards with their numbers of pictures
-and their SHA-256. In a shard, the members ``KEY.jpg`` (any picture suffix) and ``KEY.cls`` (the label) follow
-each other.
+and bytes and their SHA-256. In a shard, the members ``KEY.jpg`` (any picture suffix) and ``KEY.cls`` (the label) follow
+each other; in one of others the label may stand in ``KEY.json``.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from PIL import Image
 
 from fasternet.data.datasets import SHARDS_FILE
 from fasternet.models.checkpoint import Preprocessing
-from fasternet.models.download import download_url
+from fasternet.models.download import download_url, hash_file
 
 LABEL_SUFFIX = ".cls"
+SHARD_NAME = re.compile(r"\w[\w.-]*")  # it goes into a path: one that somebody else wrote must not lead elsewhere
+LABEL_KEYS = ("label", "cls", "class", "class_name")  # in a member KEY.json
 RETRY_DELAYS_S = (1.0, 5.0, 25.0)  # a run of days outlives a server's restart
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A tar file of pictures: its name, how many pictures it holds, its SHA-256."""
+    """A tar file of pictures: its name, how many pictures it holds (-1: not known), its SHA-256 and size."""
 
     name: str
     num_images: int
     sha256: str
+    num_bytes: int | None = None  # older lists do not tell
 
 
 class Member(NamedTuple):
-    """A picture in a tar file: its name, its label (None where it has none), where its bytes are."""
+    """A picture in a tar file: its name, its label (number or name of a class, if any), where its bytes are."""
 
     name: str
-    label: int | None
+    label: int | str | None
     offset: int
     num_bytes: int
 
@@ -70,7 +73,7 @@ def load_contents(root: str) -> Contents:
     Raises:
         FileNotFoundError: There is none in the folder.
         ConnectionError: The address cannot be reached.
-        ValueError: It is not what ``pack_shards`` writes.
+        ValueError: It is not what ``pack_shards`` or ``index_shards`` writes.
     """
     with contextlib.ExitStack() as stack:
         path = Path(root, SHARDS_FILE)
@@ -82,7 +85,7 @@ def load_contents(root: str) -> Contents:
         return _parse(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
-            f"{root}/{SHARDS_FILE} is not what 'fasternet data pack' writes; pack the pictures again"
+            f"{root}/{SHARDS_FILE} is not what 'fasternet data pack' writes; pack or index the pictures again"
         ) from None
 
 
@@ -94,8 +97,7 @@ def save_contents(folder: Path, contents: Contents, **facts: Any) -> None:
 def _parse(values: Mapping[str, Any]) -> Contents:
     splits = [tuple(Shard(**shard) for shard in values[split]) for split in ("train", "validation")]
     for shard in itertools.chain(*splits):
-        # A name goes into a path: one that somebody else wrote must not lead out of the folder.
-        if not re.fullmatch(r"\w[\w.-]*", shard.name) or shard.num_images < 1 or len(shard.sha256) != 64:
+        if not SHARD_NAME.fullmatch(shard.name) or shard.num_images < 1 or len(shard.sha256) != 64:
             raise ValueError
     preprocessing: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocessing"].items()
@@ -105,12 +107,12 @@ def _parse(values: Mapping[str, Any]) -> Contents:
 
 @contextlib.contextmanager
 def open_shard(root: str, shard: Shard) -> Iterator[BinaryIO]:
-    """Open a shard; one at an address is fetched and checked first, and leaves nothing on the disk.
+    """Open a shard; one at an address is fetched and its hash compared, and it leaves nothing on the disk.
 
     Raises:
         FileNotFoundError: There is no such file.
         ConnectionError: The address cannot be reached, after some attempts.
-        ValueError: The file has another hash.
+        ValueError: The file has another hash, or a local one another size.
     """
     with contextlib.ExitStack() as stack:
         path = Path(root, shard.name)
@@ -122,11 +124,29 @@ def open_shard(root: str, shard: Shard) -> Iterator[BinaryIO]:
             if not path.is_file():
                 raise FileNotFoundError(f"no shard at {path}")
             file = stack.enter_context(path.open("rb"))
+            size = os.fstat(file.fileno()).st_size
+            if shard.num_bytes not in (None, size):
+                raise ValueError(
+                    f"shard {path} is not the one that {SHARDS_FILE} describes: "
+                    f"it has {size} bytes instead of {shard.num_bytes}"
+                )
         yield file
 
 
+def check_shard(root: str, shard: Shard) -> str | None:
+    """Return one sentence on what is wrong with a shard, or None; all of it is read, and its hash compared."""
+    try:
+        with open_shard(root, shard) as file:
+            list_members(file, shard, f"{root}/{shard.name}")
+        if not is_address(root) and hash_file(Path(root, shard.name)) != shard.sha256:
+            return f"shard {root}/{shard.name} is not the one that {SHARDS_FILE} describes: its SHA-256 differs"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def fetch_shards(root: str, shards: Sequence[Shard]) -> Path:
-    """Fetch the shards of an address into the user's cache folder, where they are not there yet.
+    """Fetch the shards of an address into the user's cache folder, where they are not there yet, or damaged.
 
     Returns:
         The folder that holds them, each checked against its hash.
@@ -163,6 +183,22 @@ def list_members(file: BinaryIO, shard: Shard, where: str) -> list[Member]:
     return members
 
 
+def number_label(where: str, member: Member, class_names: Sequence[str]) -> int:
+    """Return the number of a picture's class.
+
+    Raises:
+        ValueError: It has no label, or one that is none of the classes.
+    """
+    label = member.label
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if not isinstance(label, int) or label >= len(class_names):
+        raise ValueError(
+            f"{where}/{member.name} has the label {label}; it must be one of 0 to {len(class_names) - 1}, or its name"
+        )
+    return label
+
+
 def read_member(file: BinaryIO, member: Member) -> bytes:
     """Return the bytes of a picture in a tar file."""
     file.seek(member.offset)
@@ -176,15 +212,27 @@ def _get_key(info: tarfile.TarInfo) -> str:
 
 
 def _find_pictures(file: BinaryIO, group: Sequence[tarfile.TarInfo]) -> Iterator[Member]:
-    label = None
-    for info in group:
-        if info.name.endswith(LABEL_SUFFIX):
-            file.seek(info.offset_data)
-            text = file.read(info.size).strip()
-            label = int(text) if text.isdigit() else None
+    contents = {Path(info.name).suffix: info for info in group}
+    label: int | str | None = None
+    if info := contents.get(LABEL_SUFFIX) or contents.get(".json"):
+        file.seek(info.offset_data)
+        label = _read_label(file.read(info.size), is_json=info.name.endswith(".json"))
     for info in group:
         if Path(info.name).suffix.lower() in Image.registered_extensions():
             yield Member(info.name, label, info.offset_data, info.size)
+
+
+def _read_label(content: bytes, *, is_json: bool) -> int | str | None:
+    """Return a number, a name, or None where there is neither."""
+    try:
+        label: Any = json.loads(content) if is_json else content.decode().strip()
+    except ValueError:
+        return None
+    if is_json:
+        label = next((label[key] for key in LABEL_KEYS if key in label), None) if isinstance(label, dict) else None
+    if isinstance(label, str):
+        return int(label) if label.isascii() and label.isdigit() else label or None
+    return label if isinstance(label, int) and not isinstance(label, bool) and label >= 0 else None
 
 
 def _fetch(url: str, folder: Path, sha256: str) -> Path:

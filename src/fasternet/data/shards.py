@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fasternet.data.datasets import SHARDS_FILE, Datasets, ImageDataset
-from fasternet.data.images import ImageError, decode_image
+from fasternet.data.images import SHARD_SUFFIX, ImageError, decode_image
 from fasternet.data.loaders import OnError, collate, divide_batch, obey_parent_alone, seeded, watch_errors
 from fasternet.data.shard_files import (
     Member,
@@ -30,6 +30,7 @@ from fasternet.data.shard_files import (
     is_address,
     list_members,
     load_contents,
+    number_label,
     open_shard,
     read_member,
 )
@@ -64,7 +65,7 @@ class ShardDataset(ImageDataset):
         for shard in shards:
             with open_shard(str(root), shard) as file:
                 places += [(shard.name, member) for member in list_members(file, shard, f"{root}/{shard.name}")]
-        labels = [_check_label(f"{root}/{name}", member, len(class_names)) for name, member in places]
+        labels = [number_label(f"{root}/{name}", member, class_names) for name, member in places]
         super().__init__(root, [Path(member.name) for _, member in places], labels, class_names, images=places)
 
     def load(self, index: int) -> Image.Image:
@@ -232,7 +233,7 @@ class _Parts(IterableDataset[Any]):
 
     def _read(self, file: BinaryIO, members: Sequence[Member], number: int, where: str, attempt: int) -> Any:
         member = members[(number + attempt) % len(members)]
-        label = _check_label(where, member, len(self.dataset.class_names))
+        label = number_label(where, member, self.dataset.class_names)
         image = decode_image(read_member(file, member), f"{where}/{member.name}")
         return (self.dataset.transform(image) if self.dataset.transform else image), label
 
@@ -264,7 +265,7 @@ def create_shard_datasets(data: str | Path) -> Datasets:
 
     Raises:
         FileNotFoundError: A validation shard is missing.
-        ValueError: ``shards.json`` is not what ``pack_shards`` writes, or a shard not what ``shards.json`` says.
+        ValueError: ``shards.json`` is damaged, or a shard not what it says.
         ConnectionError: The address cannot be reached.
     """
     root = str(data).rstrip("/")
@@ -301,19 +302,11 @@ def stream_shard_pictures(
         contents = load_contents(root)
         found = [*contents.train, *contents.validation]
     else:
-        found = [Shard(path.name, -1, "") for path in sorted(Path(root).glob("*.tar"))]
+        found = [Shard(path.name, -1, "") for path in sorted(Path(root).glob(f"*{SHARD_SUFFIX}"))]
         if not found:
-            raise FileNotFoundError(f"no shards in folder {root}; looked for {SHARDS_FILE} and *.tar")
+            raise FileNotFoundError(f"no shards in folder {root}; looked for {SHARDS_FILE} and *{SHARD_SUFFIX}")
     for shard in found[rank::size]:
         with open_shard(root, shard) as file:
             for member in list_members(file, shard, f"{root}/{shard.name}"):
                 name = f"{shard.name}/{member.name}"
                 yield name, functools.partial(decode_image, read_member(file, member), f"{root}/{name}")
-
-
-def _check_label(where: str, member: Member, num_classes: int) -> int:
-    if member.label is None or member.label >= num_classes:
-        raise ValueError(
-            f"{where}/{member.name} has the label {member.label}; it must be one of 0 to {num_classes - 1}"
-        )
-    return member.label

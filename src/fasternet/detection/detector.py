@@ -30,8 +30,8 @@ from fasternet.detection.layers import (
     SymmetricBoxCoder,
 )
 from fasternet.detection.transform import DetectorTransform
-from fasternet.rivals import is_fasternet
 from fasternet.rivals.backbone import create_backbone
+from fasternet.rivals.network import is_fasternet, read_options
 from fasternet.train.optim import freeze_stages, keep_frozen
 
 Kind = Literal["mask_rcnn", "faster_rcnn"]
@@ -220,8 +220,10 @@ def create_detector(
     allowed = [f.name for f in dataclasses.fields(DetectorConfig) if f.name not in ("kind", "backbone")]
     if unknown := sorted(set(fields) - set(allowed)):
         raise ValueError(f"unknown option {', '.join(unknown)}: a detector takes {', '.join(allowed)}")
+    brought = read_options(backbone, Path(backbone_checkpoint)) if backbone_checkpoint is not None else {}
     given = {"feature_norm": feature_norm, "drop_path_rate": drop_path_rate}
-    options = dict(backbone_options or {}) | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {**brought, **(backbone_options or {}), **given}
     if is_fasternet(backbone):
         options.setdefault("feature_norm", True)
         options.setdefault("drop_path_rate", DROP_PATH_RATES.get(backbone.partition(".")[0], 0.0))

@@ -2,7 +2,8 @@
 
 timm and the Hugging Face hub read both files as they are, and the hub shows ``README.md``, a short model card. What
 timm's network cannot express (LN, position ...) stands in ``config.json`` under ``fasternet``, beside the facts of the
-training: recipe, metrics, versions, licence. ``timm`` there says why timm cannot build the network.
+training: recipe, metrics, versions, licence. ``timm`` there says why timm cannot build the network; ``architecture``
+is then a name that timm does not know, so that it builds no other network in silence.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fasternet.models import convert
+from fasternet.models.card import CARD_FILE, write_card
 from fasternet.models.fasternet import VARIANTS, FasterNet, FasterNetConfig
 from fasternet.ops import count_partial_channels
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
+PART_PREFIX = ".part-"  # of files that are being written
 
+_UNKNOWN_TO_TIMM = "fasternet."  # before the variant, in "architecture"; timm would build another function of it
 _OWN_KEYS = ("config", "timm", "name", "source")  # of "fasternet" in config.json; the others there are facts
 
 
@@ -159,7 +162,7 @@ def read_model_folder(path: Path) -> ModelFolder:
             raise ValueError(f"{path} holds a {config['kind']}, which is a detector: `fasternet detect` reads it")
         config["depths"] = tuple(config["depths"])
         return ModelFolder(
-            name=document["architecture"],
+            name=document["architecture"].removeprefix(_UNKNOWN_TO_TIMM),
             config=FasterNetConfig(**config),
             weights=convert.read_state(path / WEIGHTS_FILE),
             class_names=read_class_names(path, document, config["num_classes"]),
@@ -248,13 +251,18 @@ def write_model_folder(
     write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, and put it in ``path``'s place.
+
+    Args:
+        path: What to write.
+        write: Takes the temporary file.
+        keep: Where the file that was at ``path`` goes; None: it is replaced.
 
     Raises:
         OSError: Whatever ``write`` raised; the temporary file is gone, and ``path`` is what it was.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PART_PREFIX}{path.stem}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -262,9 +270,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what ``write_atomically`` left in a folder and below when it was killed; nobody may be writing there."""
+    for part in folder.rglob(f"{PART_PREFIX}*"):
+        part.unlink(missing_ok=True)
 
 
 def _describe(
@@ -276,7 +292,7 @@ def _describe(
 ) -> dict[str, Any]:
     obstacle = find_obstacle(config, name)
     return describe_model(
-        architecture=name,
+        architecture=_UNKNOWN_TO_TIMM + name if obstacle else name,
         num_classes=config.num_classes,
         num_features=config.stage_channels[-1],
         class_names=class_names,
@@ -318,7 +334,7 @@ def describe_model(
     """Return ``config.json`` in the form that timm and the hub read.
 
     Args:
-        architecture: timm's name of the network.
+        architecture: timm's name of the network, or one that timm does not know.
         num_classes: Classes of its head.
         num_features: Channels of its last feature map.
         class_names: One name per class, or None.
@@ -367,22 +383,3 @@ def find_obstacle(config: FasterNetConfig, name: str) -> str | None:
         if (value := getattr(config, field)) != getattr(VARIANTS[name], field):
             return f"{field} {value!r} in {name}"
     return None
-
-
-def write_card(document: Mapping[str, Any]) -> str:
-    """Return the model card that a ``config.json`` calls for: what the hub shows of a model, and sorts it by."""
-    own = document["fasternet"]
-    name, size = own.get("name", document["architecture"]), document["pretrained_cfg"]["input_size"][-1]
-    by_timm = own["timm"] == "builds it"
-    head = [f"license: {own['license']}"] if own.get("license") else []
-    head += [f"library_name: {'timm' if by_timm else 'fasternet'}", "pipeline_tag: image-classification"]
-    head += ["tags:", "- image-classification", *(["- timm"] if by_timm else []), "- fasternet"]
-    lines = ["---", *head, "---", f"# {name}", ""]
-    lines += [f"An image classifier of {document['num_classes']} classes for pictures of {size} x {size} pixels."]
-    lines += [f"{key} = {value:.4g}" for key, value in own.get("metrics", {}).items() if isinstance(value, int | float)]
-    lines += ["", "```sh", "fasternet predict picture.jpg --checkpoint FOLDER", "```", ""]
-    if by_timm:
-        lines += ["```python", "import timm", ""]
-        lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', "```", ""]
-    lines += ["`config.json` holds the names of the classes, the preprocessing and the recipe of the training."]
-    return "\n".join(lines) + "\n"

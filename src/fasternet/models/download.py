@@ -47,7 +47,7 @@ def download_from_hub(repository: str, filename: str) -> Path:
 
 
 def download_url(url: str, *, sha256: str | None = None, folder: Path | None = None) -> Path:
-    """Fetch a file by URL, continuing an interrupted download; a cached file needs no network.
+    """Fetch a file by URL, continuing an interrupted download; a cached file needs no network, unless it is damaged.
 
     Of several processes that want the same file one fetches it, and the others wait. On a terminal a bar shows the
     progress.
@@ -67,11 +67,11 @@ def download_url(url: str, *, sha256: str | None = None, folder: Path | None = N
     folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / url.rsplit("/", 1)[-1]
-    if path.is_file():
+    if _is_complete(path, sha256):
         return path
     part = path.with_name(path.name + ".part")
     with _lock(part):
-        if path.is_file():
+        if _is_complete(path, sha256):
             return path  # another process fetched it meanwhile
         try:
             _fetch(url, part)
@@ -81,6 +81,12 @@ def download_url(url: str, *, sha256: str | None = None, folder: Path | None = N
             _verify(part, sha256)
         part.replace(path)
     return path
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -141,9 +147,12 @@ def _show_progress(name: str, have: int, expected: int) -> Any:
     )
 
 
+def _is_complete(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and (sha256 is None or hash_file(path) == sha256)
+
+
 def _verify(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_file(path)
     if found != sha256:
         path.resolve().unlink()  # the hub's cache is links to files
         path.unlink(missing_ok=True)
@@ -152,4 +161,4 @@ def _verify(path: Path, sha256: str) -> None:
 
 def _unreachable(what: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"cannot download {what} ({reason}): without a network, give a file with checkpoint_path"
+    return f"cannot download {what} ({reason}): without a network, give a file (checkpoint_path, or --checkpoint)"

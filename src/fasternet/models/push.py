@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from fasternet.models import convert
-from fasternet.models.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically
+from fasternet.models.card import CARD_FILE, address_card
+from fasternet.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically
 
 # A list of what goes, not of what stays: training states, logs and pictures of a run are nobody else's.
 _UPLOADED = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, "LICENSE")
@@ -15,7 +16,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def push_folder(folder: Path | str, repository: str, *, private: bool = False, license: str | None = None) -> str:
-    """Upload a model folder; a repository that is absent is created.
+    """Upload a model folder; a repository that is absent is created, and its card names it in place of the folder.
 
     Args:
         folder: A model folder, or a run folder (its ``best``).
@@ -45,10 +46,13 @@ def push_folder(folder: Path | str, repository: str, *, private: bool = False, l
         created = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(created.repo_id).private:
             raise ValueError(f"{created.repo_id} exists and is public: make it private on the hub, or name another")
-        api.upload_folder(
-            repo_id=created.repo_id,
-            folder_path=path,
-            allow_patterns=[*_UPLOADED],
+        content: dict[str, Path | bytes] = {name: path / name for name in _UPLOADED if (path / name).is_file()}
+        if CARD_FILE in content:
+            card = (path / CARD_FILE).read_text(encoding="utf-8")
+            content[CARD_FILE] = address_card(card, created.repo_id).encode()
+        api.create_commit(
+            created.repo_id,
+            [huggingface_hub.CommitOperationAdd(name, given) for name, given in content.items()],
             commit_message="Upload model folder with fasternet",
         )
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 Pictures are dealt to the processes batch by batch (shards: shard by shard), so that a batch holds the same pictures
 however many processes there are. Each process appends to a part of its own, ``OUTPUT.part-RANK-of-SIZE``: a line of
-settings, then a line ``[shard, batch, prediction]`` per picture. In the end the parts are merged by these numbers.
+settings, then a line ``[shard, batch, prediction]`` per picture. In the end the parts are merged by these numbers,
+and the settings stay in ``.OUTPUT.settings``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import heapq
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +37,7 @@ from fasternet.predict.predictor import Predictor
 from fasternet.train.distributed import World, broadcast, gather
 
 SUFFIXES = (".jsonl", ".csv")
+DAMAGE = (ValueError, TypeError, KeyError, AttributeError)  # what reading a line of something else raises
 
 
 class Place(NamedTuple):
@@ -71,7 +74,7 @@ def predict_to_file(
         output: A file ``.jsonl`` or ``.csv``. It appears when all is done; before, its parts grow beside it.
         top_k: Classes to report for each picture; at most all.
         num_workers: Processes that decode, at most one per processor core; 0 decodes in this one.
-        resume: Go on where a run with the same arguments stopped.
+        resume: Go on where a run with the same arguments stopped; one that is done is left as it is.
         world: The processes that share the work; they see the same files.
         on_batch: Called with the number of pictures of each batch that this process has written.
 
@@ -88,23 +91,24 @@ def predict_to_file(
         raise ValueError(f"output {output} must end in {' or '.join(SUFFIXES)}")
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
-    # One process looks, before any of them writes.
-    if problem := broadcast(world, _find_obstacle(images, output, resume, world.size) if world.is_main else None):
-        raise problem
-    if broadcast(world, output.exists() and not _list_parts(output)):
-        return 0, 0
     settings = {
         "weights": predictor.fingerprint,
         "images": [str(path) for path in images],
         "top_k": min(top_k, len(predictor.class_names)),
         "batch_size": predictor.batch_size,
     }
+    # One process looks, before any of them writes.
+    obstacle = _find_obstacle(output, settings, resume, world.size) if world.is_main else None
+    if problem := broadcast(world, obstacle):
+        raise problem
+    if broadcast(world, output.exists() and not _list_parts(output)):
+        return 0, 0
     counts = _write_part(
         predictor, images, _name_part(output, world.rank, world.size), settings, num_workers, world, on_batch
     )
     totals = gather(world, counts)
     if world.is_main:
-        _merge(output, min(top_k, len(predictor.class_names)))
+        _merge(output, settings)
     return sum(predicted for predicted, _ in totals), sum(unreadable for _, unreadable in totals)
 
 
@@ -205,11 +209,22 @@ def _describe(name: str, error: str | None, tops: Iterator[tuple[tuple[str, floa
     return {"path": name, "top": [{"label": label, "probability": probability} for label, probability in next(tops)]}
 
 
+def _find_difference(before: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Return the first setting that is not as before, in words."""
+    for key, value in settings.items():
+        if before[key] != value:
+            return f"with {key} {before[key]!r}, not {value!r}"
+    return None
+
+
 def _resume_part(file: BinaryIO, settings: dict[str, Any]) -> tuple[Place, str]:
     """Cut a part behind its last complete batch, the last of all counting as torn.
 
     Returns:
         The place to go on at, and a hash of the names that stand before it in its shard.
+
+    Raises:
+        ValueError: The settings differ, or a line is not what this module writes.
     """
     file.seek(0)
     header = file.readline()
@@ -218,26 +233,37 @@ def _resume_part(file: BinaryIO, settings: dict[str, Any]) -> tuple[Place, str]:
         file.write(json.dumps(settings).encode() + b"\n")
         file.flush()
         return Place(0, 0), hashlib.sha256().hexdigest()
-    for key, before in json.loads(header).items():
-        if before != settings[key]:
-            raise ValueError(f"{file.name} was begun with {key} {before!r}, not {settings[key]!r}: resume it with that")
+    try:
+        difference = _find_difference(json.loads(header), settings)
+    except DAMAGE:
+        raise _explain_damage(file.name, 1) from None
+    if difference:
+        raise ValueError(f"{file.name} was begun {difference}: resume it with that")
     place, end = Place(0, 0), file.tell()
     digest, names = hashlib.sha256(), ""
     position = end
-    for line in file:
+    for number, line in enumerate(file, 2):
         if not line.endswith(b"\n"):
             break
-        shard, batch, prediction = json.loads(line)
+        try:
+            shard, batch, prediction = json.loads(line)
+            name = prediction["path"] + "\0"
+        except DAMAGE:
+            raise _explain_damage(file.name, number) from None
         if (found := Place(shard, batch)) != place:
             digest.update(names.encode("utf-8", "surrogateescape"))
             if found.shard != place.shard:
                 digest = hashlib.sha256()
             place, end, names = found, position, ""
-        names += prediction["path"] + "\0"
+        names += name
         position += len(line)
     file.truncate(end)
     file.seek(end)
     return place, digest.hexdigest()
+
+
+def _explain_damage(part: str, line: int) -> ValueError:
+    return ValueError(f"{part} is damaged at line {line}: delete it, and resume predicts anew what it held")
 
 
 def _skip(batches: Iterator[Batch], first: Place, digest: str) -> Iterator[Batch]:
@@ -264,7 +290,11 @@ def _list_parts(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f"{glob.escape(output.name)}.part-?????-of-?????"))
 
 
-def _find_obstacle(images: Sequence[str | Path], output: Path, resume: bool, size: int) -> Exception | None:
+def _name_settings(output: Path) -> Path:
+    return output.with_name(f".{output.name}.settings")
+
+
+def _find_obstacle(output: Path, settings: dict[str, Any], resume: bool, size: int) -> Exception | None:
     """Return what keeps a run from beginning, or None."""
     parts = _list_parts(output)
     if not output.parent.is_dir():
@@ -276,14 +306,28 @@ def _find_obstacle(images: Sequence[str | Path], output: Path, resume: bool, siz
     if parts and (before := int(parts[0].name[-5:])) != size:
         return ValueError(f"{output} was begun with {before} processes, not {size}: resume it with as many")
     try:
-        next(_deal(images, 1, World(), Place(0, 0)), None)
+        next(_deal(settings["images"], 1, World(), Place(0, 0)), None)
+        if output.exists() and not parts:
+            _compare_finished(output, settings)
     except (OSError, ValueError) as error:
         return error
     return None
 
 
-def _merge(output: Path, top_k: int) -> None:
-    """Put the lines of all parts into the output, by their places, and delete the parts."""
+def _compare_finished(output: Path, settings: dict[str, Any]) -> None:
+    """Compare settings with those that a finished output was made with, where they are known."""
+    try:
+        difference = _find_difference(json.loads(_name_settings(output).read_bytes()), settings)
+    except (OSError, *DAMAGE):
+        warnings.warn(f"{output} is complete; it was not checked, as it is not known what made it", stacklevel=4)
+        return
+    if difference:
+        raise ValueError(f"{output} is complete, and was made {difference}: name another output")
+
+
+def _merge(output: Path, settings: dict[str, Any]) -> None:
+    """Put the lines of all parts into the output, by their places, keep the settings, and delete the parts."""
+    top_k = settings["top_k"]
     parts = _list_parts(output)
     merging = output.with_name(f".{output.name}.merging")
     lines = (prediction for *_, prediction in heapq.merge(*map(_read_part, parts), key=lambda line: line[:2]))
@@ -301,6 +345,7 @@ def _merge(output: Path, top_k: int) -> None:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
+    _name_settings(output).write_text(json.dumps(settings) + "\n")
     merging.replace(output)
     for part in parts:
         part.unlink()

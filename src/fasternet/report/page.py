@@ -133,7 +133,7 @@ def create_report(sources: Sequence[Path], output: Path, *, items: Sequence[str]
 def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name need not be UTF-8
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from fasternet.report.provenance import (
 from fasternet.report.ratios import list_ratios
 from fasternet.report.settings import read_way
 from fasternet.report.sources import COMPARABLE, Source, comparable, group, newest, select
-from fasternet.report.training import last_epochs
+from fasternet.report.training import last_epochs, tell_epochs
 
 MAX_CLAIMS = 4  # of a kind
 STUDIED: Mapping[Verdict, str] = {
@@ -80,7 +80,7 @@ def _tell_training(source: Source) -> list[Html]:
         told = [
             f" top-1{f' on {pictures:,.0f} pictures' if pictures else ''}",
             f"{size:.2f} M parameters" if size else None,
-            f"trained for {count(len(passed), 'epoch')} in {_duration(seconds)}" if passed else None,
+            f"trained for {tell_epochs(source, passed)} in {_duration(seconds)}" if passed else None,
         ]
         facts.append(_fact(f"{top1:.1f} %", tag("strong", name), ", ".join(filter(None, told))))
     return facts
@@ -100,7 +100,7 @@ def _tell_detection(source: Source) -> list[Html]:
     told = [
         f" {name}{rest}{f' on {pictures}' if (pictures := tell_pictures(judged)) else ''}",
         f"{size:.2f} M parameters" if size else None,
-        f"trained for {count(len(passed), 'epoch')} in {_duration(seconds)}" if passed else None,
+        f"trained for {tell_epochs(source, passed)} in {_duration(seconds)}" if passed else None,
     ]
     return [_fact(f"{ap:.2f}", tag("strong", judged.subject), ", ".join(filter(None, told)))]
 

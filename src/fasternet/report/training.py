@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fasternet.records import Machine, Record
-from fasternet.report.evaluation import show_evaluation
+from fasternet.report.evaluation import MAX_SURE_CLASSES, show_evaluation
 from fasternet.report.markup import Html, figure, join, tag
 from fasternet.report.objects import find_evaluation, is_detection, read_ap, show_objects
 from fasternet.report.pictures import show_pictures
@@ -49,12 +49,28 @@ def describe_run(source: Source) -> str:
     network = f"{source.name}: {select([source], 'run')[0].subject}" if select([source], "run") else source.name
     aps = read_ap(judged) if (judged := find_evaluation(source)) else []
     told = [f"top-1 {top1[-1]:.2f} %"] if top1 else [f"{name} {value:.3f}" for name, value in aps]
+    if _read_unreached(source) is not None:
+        told.append(tell_epochs(source, select([source], "epoch")))
     return ", ".join([network, *told])
+
+
+def tell_epochs(source: Source, epochs: Sequence[Record]) -> str:
+    """Count the epochs of a run, and of one that has not ended those that it is to have."""
+    done, wanted = len(last_epochs(epochs)), _read_unreached(source)
+    return count(done, "epoch") if wanted is None else f"{done:,} of {count(wanted, 'epoch')}"
+
+
+def _read_unreached(source: Source) -> int | None:
+    """Return the epochs of a run whose closing evaluation is not there yet, else None."""
+    runs = select([source], "run")
+    wanted = runs[-1].condition.get("epochs") if runs else None
+    return wanted if isinstance(wanted, int) and not select([source], "evaluation", "train") else None
 
 
 def _show_run(key: str, source: Source, machines: Mapping[str, Machine]) -> list[Html]:
     content: list[Html] = []
-    if epochs := select([source], "epoch"):
+    epochs = last_epochs(select([source], "epoch"))
+    if epochs or _read_unreached(source) is not None:
         content.append(_curve(f"training-{key}", source, epochs, machines))
     classified = [record for record in select([source], "evaluation") if not is_detection(record)]
     evaluations = newest(classified, lambda r: (r.subject, describe_condition(r.condition)))
@@ -76,10 +92,13 @@ def _epoch(record: Record) -> int:
 
 
 def _curve(key: str, source: Source, epochs: Sequence[Record], machines: Mapping[str, Machine]) -> Html:
-    epochs = last_epochs(epochs)
     panels: list[Html] = []
+    runs = select([source], "run")
+    classes = number(runs[-1], "num_classes") if runs else None
+    is_sure = classes is not None and classes <= MAX_SURE_CLASSES
     for name, title, lines in PANELS:
-        series = [_series(epochs, value, label, second) for value, label, second in lines]
+        told = [line for line in lines if not (is_sure and line[0] == "top5")]
+        series = [_series(epochs, value, label, second) for value, label, second in told]
         if len(panels) < MAX_PANELS and (shown := [line for line in series if line.values]):
             ends = ", ".join(f"{line.label} ends at {line.values[-1]:.4g}" for line in shown)
             alt = f"{title} over epochs: {ends}"
@@ -87,10 +106,18 @@ def _curve(key: str, source: Source, epochs: Sequence[Record], machines: Mapping
             plot = draw_curve(shown, key=f"{key}-{name}", title=lettered, alt=alt, from_zero=name in FROM_ZERO)
             marks = (tag("li", line.label, class_="second" if line.second else "first") for line in shown)
             panels.append(tag("div", tag("ul", *marks, class_="legend"), plot, class_="panel"))
-    runs = select([source], "run")
-    content = join([tag("div", *panels, class_="panels"), _recipe(runs[-1]) if runs else None])
-    title = f"Training curve of {epochs[-1].subject}, {count(len(epochs), 'epoch')}"
-    return figure(key, title, content, provenance(epochs, machines))
+    drawn = tag("div", *panels, class_="panels") if panels else None
+    content = join([drawn, _recipe(runs[-1]) if runs else None])
+    records = epochs or runs
+    title = f"Training curve of {records[-1].subject}, {tell_epochs(source, epochs)}"
+    return figure(key, title, content, _tell_unfinished(source, epochs), provenance(records, machines))
+
+
+def _tell_unfinished(source: Source, epochs: Sequence[Record]) -> str | None:
+    if _read_unreached(source) is None:
+        return None
+    told = "It has not ended: there is no evaluation yet. Where it was stopped, the same command with --resume goes on."
+    return told if epochs else f"No epoch is done yet. {told}"
 
 
 def _series(epochs: Sequence[Record], value: str, label: str, second: bool) -> Series:

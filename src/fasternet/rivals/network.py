@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,9 @@ from fasternet.rivals.registry import Rival, create_own, list_rivals
 
 if TYPE_CHECKING:
     from fasternet.models.surgery import Init
+
+
+_OF_TRAINING = {"num_classes", "drop_rate", "drop_path_rate"}  # a checkpoint does not bring these
 
 
 def is_fasternet(name: str) -> bool:
@@ -99,15 +103,30 @@ def create_network(
     if checkpoint_path is None:
         return build_network(rival, num_classes, options, pretrained=pretrained).train()
     state, where = _read_weights(Path(checkpoint_path), rival)
-    model = build_network(rival, num_classes, {**options, **read_surgery(Path(checkpoint_path))})
+    model = build_network(rival, num_classes, {**options, **read_options(name, Path(checkpoint_path))})
     load_state(model, state, source=where, replace_classifier=True)
     return model.train()
 
 
-def read_surgery(path: Path) -> dict[str, Any]:
-    """Return ``surgery``, a list of options of ``replace_convs``, of a folder whose network was operated on."""
-    options = read_config(path)[1].get("model_args", {}) if path.is_dir() else {}
-    return {"surgery": options["surgery"]} if "surgery" in options else {}
+def read_options(name: str, path: Path) -> dict[str, Any]:
+    """Return the options with which a checkpoint's network differs from the one of its name.
+
+    Args:
+        name: The network.
+        path: A model or run folder; a weights file brings no options.
+
+    Returns:
+        Of a FasterNet: fields of ``FasterNetConfig``, without those of training. Of another network: ``surgery``.
+    """
+    document = read_config(path)[1] if path.is_dir() else {}
+    if not is_fasternet(name):
+        options = document.get("model_args", {})
+        return {"surgery": options["surgery"]} if "surgery" in options else {}
+    published = json.loads(json.dumps(dataclasses.asdict(VARIANTS[name.partition(".")[0]])))
+    config = document.get("fasternet", {}).get("config", {})
+    return {
+        key: config[key] for key in published.keys() - _OF_TRAINING if config.get(key, published[key]) != published[key]
+    }
 
 
 def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -139,7 +158,9 @@ def _build_original(rival: Rival, num_classes: int, options: Mapping[str, Any], 
     try:
         if rival.source == "fasternet":
             if pretrained:
-                raise ValueError("there are no pretrained weights of it; give a file with checkpoint_path")
+                raise ValueError(
+                    "there are no pretrained weights of it: give a file (checkpoint_path, or --checkpoint)"
+                )
             return create_own(rival.builder, num_classes, **options)
         if rival.source == "torchvision":
             return _build_torchvision(rival.builder, num_classes, pretrained, options)
@@ -154,7 +175,7 @@ def _build_original(rival: Rival, num_classes: int, options: Mapping[str, Any], 
             raise ValueError(f"{rival.name} cannot be built: {_first_line(error)}") from None
         raise ConnectionError(
             f"cannot download the weights of {rival.name} ({_first_line(error)}): "
-            "without a network, give a file with checkpoint_path"
+            "without a network, give a file (checkpoint_path, or --checkpoint)"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,24 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from fasternet.data.datasets import Datasets, create_datasets
+from fasternet.data.datasets import Datasets, ImageDataset, create_datasets
+from fasternet.data.images import ImageError
 from fasternet.data.loaders import TrainingLoader, create_loader
 from fasternet.data.shards import ShardLoader, ShardStream
 from fasternet.data.transforms import create_transform, normalize_batch
-from fasternet.environment import create_record
+from fasternet.environment import create_record, describe_machine
 from fasternet.models.checkpoint import Preprocessing
 from fasternet.models.fasternet import FasterNet
-from fasternet.records import Record, load_records
+from fasternet.records import Record
 from fasternet.rivals import create_network, load_network, save_network
-from fasternet.rivals.network import is_fasternet, read_surgery, resolve_network
+from fasternet.rivals.network import is_fasternet, read_options, resolve_network
 from fasternet.train.distill import compute_distillation, create_teacher
-from fasternet.train.distributed import World
+from fasternet.train.distributed import World, gather
 from fasternet.train.evaluate import Evaluation, evaluate
 from fasternet.train.loop import Hooks, train_task
 from fasternet.train.optim import freeze_stages, synchronize_batch_norm
 from fasternet.train.recipe import Recipe
+from fasternet.train.run import Say, read_condition
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
 
@@ -92,7 +95,12 @@ class Classification(Task):
 
     def evaluate(self, model: nn.Module) -> Mapping[str, Any]:
         """Return top-1, top-5 and loss on the validation pictures."""
-        result = self._evaluate(model)
+        try:
+            result = self._evaluate(model)
+        except ImageError as error:
+            raise ImageError(
+                f"{error}; it is a validation picture: mend it and resume, or resume with --set skip_unreadable=true"
+            ) from None
         return {"validation_loss": result.loss, "top1": result.top1, "top5": result.top5}
 
     def save(self, folder: Path, model: nn.Module, values: Mapping[str, Any]) -> None:
@@ -216,8 +224,10 @@ def train(
         hooks: What the run tells and asks while it goes on.
     """
     options = dict(model_options or {})
-    if not is_fasternet(model_name):
-        options |= _read_logged_surgery(output) if resume else read_surgery(checkpoint) if checkpoint else {}
+    if resume:
+        options = {**read_condition(output).get("model_options", {}), **options}
+    elif checkpoint is not None:
+        options = {**read_options(model_name, checkpoint), **options}
 
     def create(recipe: Recipe, target: torch.device, world: World, fresh: bool) -> Classification:
         return create_classification(
@@ -229,18 +239,11 @@ def train(
             world=world,
             checkpoint=checkpoint if fresh else None,
             pretrained=pretrained and fresh,
+            say=hooks.say if hooks else lambda _: None,
         )
 
     begins_with = checkpoint or pretrained
     return train_task(create, output, recipe=recipe, resume=resume, begins_with=begins_with, device=device, hooks=hooks)
-
-
-def _read_logged_surgery(run: Path) -> dict[str, Any]:
-    """Return which convolutions of a run's network were replaced, as its log has it."""
-    log = run / "log.jsonl"
-    records = load_records(log) if log.is_file() else []
-    found = records[0].condition.get("model_options", {}) if records else {}
-    return {"surgery": found["surgery"]} if "surgery" in found else {}
 
 
 def create_classification(
@@ -253,15 +256,20 @@ def create_classification(
     world: World | None = None,
     checkpoint: Path | None = None,
     pretrained: bool = False,
+    say: Say = lambda _: None,
 ) -> Classification:
     """Open the pictures and make the network; see ``train`` for the arguments."""
+    world = world or World()
     datasets = create_datasets(data)
+    if recipe.skip_unreadable:
+        datasets = dataclasses.replace(datasets, validation=_keep_readable(datasets.validation, world, say))
     num_classes = len(datasets.class_names)
     preprocessing = dataclasses.replace(
         datasets.preprocessing_defaults, input_size=recipe.input_size, crop_ratio=recipe.crop_ratio
     )
     datasets.validation.transform = create_transform(preprocessing, training=False)
     model = _create_model(model_name, recipe, {**model_options, "num_classes": num_classes}, checkpoint, pretrained)
+    _check_sizes(model, model_name, recipe, len(preprocessing.mean))
     model = model.to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -285,7 +293,7 @@ def create_classification(
         },
         num_steps=0,
         metric="top1",
-        world=world or World(),
+        world=world,
         recipe=recipe,
         datasets=datasets,
         preprocessing=preprocessing,
@@ -294,6 +302,24 @@ def create_classification(
         teacher=None if teacher is None else teacher.to(device),
     )
     return dataclasses.replace(task, num_steps=task.loader(0).num_steps)
+
+
+def _keep_readable(dataset: ImageDataset, world: World, say: Say) -> ImageDataset:
+    """Return the pictures that can be read, and name the others."""
+
+    def find_error(index: int) -> tuple[int, str] | None:
+        try:
+            dataset.load(index)
+        except ImageError as error:
+            return index, str(error)
+        return None
+
+    with ThreadPoolExecutor(describe_machine().cores) as pool:
+        own = list(filter(None, pool.map(find_error, range(world.rank, len(dataset), world.size))))
+    errors = dict(error for share in gather(world, own) for error in share)
+    for error in errors.values() if world.is_main else ():
+        say(f"{error}; the validation goes on without it")
+    return dataset.select([index for index in range(len(dataset)) if index not in errors]) if errors else dataset
 
 
 def _create_model(
@@ -307,6 +333,23 @@ def _create_model(
     if recipe.grad_checkpointing:
         _checkpoint_gradients(model, name)
     return synchronize_batch_norm(model) if recipe.batch_norm == "sync" else model
+
+
+def _check_sizes(model: nn.Module, name: str, recipe: Recipe, channels: int) -> None:
+    """Refuse pictures of a size that the network does not take.
+
+    Raises:
+        ValueError: It does not take one of the recipe's sizes.
+    """
+    model.eval()
+    for size in sorted({recipe.input_size, *map(recipe.size_of, range(recipe.epochs))}):
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, size, size))
+        except Exception as error:  # each network has its own
+            field = f"recipe field input_size={recipe.input_size}"
+            raise ValueError(f"{field}: {name} cannot take pictures of {size} pixels: {error}") from None
+    model.train()
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasternet.models.checkpoint import Checkpoint, Preprocessing
-from fasternet.rivals import create_network, load_network
+from fasternet.models.registry import create_model
+from fasternet.rivals import is_fasternet, load_network, load_rival
 from fasternet.train.recipe import Recipe
-
-PUBLISHED_CLASSES = 1000  # of the weights that a name stands for
 
 
 class Teacher(nn.Module):
@@ -32,6 +32,10 @@ class Teacher(nn.Module):
         self.scale = nn.Buffer((torch.tensor(student.std) / std)[:, None, None])  # (C, 1, 1)
         self.shift = nn.Buffer(((torch.tensor(student.mean) - torch.tensor(own.mean)) / std)[:, None, None])
         self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -55,10 +59,21 @@ def create_teacher(recipe: Recipe, class_names: Sequence[str], student: Preproce
     if recipe.teacher is None:
         return None
     field = f"recipe field teacher={recipe.teacher}"
+    path = Path(recipe.teacher.removeprefix("local-dir:"))
+    if path.is_file() or recipe.teacher.startswith("hf-hub:"):
+        raise ValueError(
+            f"{field}: give a model folder; timm's save_for_hf writes one, "
+            "`hf download USER/NAME --local-dir FOLDER` fetches one"
+        )
     try:
-        found = load_network(recipe.teacher) if Path(recipe.teacher).is_dir() else _fetch(recipe.teacher)
-    except ValueError as error:
-        raise ValueError(f"{field} is no model or run folder, and no network with published weights: {error}") from None
+        found = load_network(path) if path.is_dir() else _fetch(recipe.teacher)
+    except ConnectionError as error:
+        reason = str(error).partition(": without a network")[0]  # what follows is for the student's weights
+        raise ConnectionError(f"{field}: {reason}: without a network, give a model folder") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{field} is no model or run folder, and no classifier with published weights: {error}"
+        ) from None
     if found.num_classes != len(class_names):
         raise ValueError(f"{field} has {found.num_classes} classes, the data {len(class_names)}")
     if found.class_names not in (None, tuple(class_names)):
@@ -73,13 +88,11 @@ def create_teacher(recipe: Recipe, class_names: Sequence[str], student: Preproce
 
 
 def _fetch(name: str) -> Checkpoint:
-    """Return a network with its published weights, and how its pictures are normalised."""
-    network = create_network(name, num_classes=PUBLISHED_CLASSES, pretrained=True)
-    cfg = getattr(network, "pretrained_cfg", {})
-    default = Preprocessing()
-    mean, std = tuple(cfg.get("mean", default.mean)), tuple(cfg.get("std", default.std))
-    preprocessing = Preprocessing(mean=mean, std=std)
-    return Checkpoint(name=name, model=network, class_names=None, preprocessing=preprocessing)
+    """Return a network with its published weights and classifier, and how its pictures are normalised."""
+    if not is_fasternet(name):
+        return load_rival(name)
+    model = create_model(name, pretrained=True)
+    return Checkpoint(name=name, model=model, class_names=None, preprocessing=Preprocessing())
 
 
 def compute_distillation(recipe: Recipe, loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:

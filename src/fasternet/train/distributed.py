@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -82,9 +83,16 @@ def _open_store() -> Store:
     own; on several machines, which count attempts apart, ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` does that.
     """
     store: Store = next(rendezvous("env://"))[0]
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store
-    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if keeps_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0" and os.environ["RANK"] == "0":
+        warnings.warn(
+            "processes that torchrun starts again on several machines may wait for dead ones for ever: start torchrun "
+            "with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            stacklevel=3,
+        )
+    return store
 
 
 @contextlib.contextmanager

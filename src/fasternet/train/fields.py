@@ -15,7 +15,7 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "text",
+    str: "text that is not empty",
     types.NoneType: "none",
 }
 
@@ -37,7 +37,7 @@ def parse_value(text: str, hint: Any) -> Any:
 
 
 def has_type(value: object, hint: Any) -> bool:
-    """Tell whether a value is what an annotation says; a whole number is a float too, nan is none."""
+    """Tell whether a value is what an annotation says; a whole number is a float too, nan is none, text not empty."""
     for member in _members(hint):
         if typing.get_origin(member) is Literal:
             fits = value in typing.get_args(member)
@@ -46,7 +46,7 @@ def has_type(value: object, hint: Any) -> bool:
         elif member is float:
             fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         else:
-            fits = type(value) is member
+            fits = type(value) is member and value != ""
         if fits:
             return True
     return False

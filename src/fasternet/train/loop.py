@@ -23,10 +23,11 @@ from fasternet.train.recipe import BaseRecipe
 from fasternet.train.run import (
     Run,
     Say,
-    begins_with_weights,
     create_run,
+    discard_failed_start,
     explain_failed_write,
     has_state,
+    read_condition,
     restore_run,
     resume_run,
     save_epoch,
@@ -41,6 +42,7 @@ from fasternet.train.watch import Watch, check_watchers, open_watchers
 GPU_READ_STEPS = 10  # losses are read in groups, as each reading makes a GPU wait
 NUM_NAMES = 8  # of pictures in a message
 ROLLBACK_FACTOR = 0.5
+DIVERGENCE_FACTOR = 1000  # times the loss of the first step, and of 1 where that is less
 EVALUATION_RISK = 0.1  # share of the time between two states that may be lost by a kill during evaluation
 
 
@@ -153,7 +155,7 @@ def check_output(output: Path, *, resume: bool, restarted: bool = False) -> bool
     if begun and (resume or restarted):
         if has_state(output):
             return True
-        if resume and begins_with_weights(output):
+        if resume and read_condition(output).get("initial_weights"):
             raise FileNotFoundError(f"the run in {output} was stopped before its first state: delete it and start anew")
     elif output.exists() and not (output.is_dir() and all(path.name.startswith(".") for path in output.iterdir())):
         raise FileExistsError(f"{output} exists already; choose another output, or resume the run in it")
@@ -161,41 +163,45 @@ def check_output(output: Path, *, resume: bool, restarted: bool = False) -> bool
 
 
 def describe_plan(recipe: BaseRecipe, world: World, num_steps: int) -> str:
-    """Return what a recipe comes to: the batch, the rate, the epochs."""
+    """Return what a recipe comes to: the batch, the rate, the epochs, and what of it is never reached."""
     parts = world.size * recipe.accumulate
     cut = f" = {world.size} processes x {recipe.accumulate} parts x {recipe.batch_size // parts}" if parts > 1 else ""
     scaled = recipe.lr_batch_size not in (None, recipe.batch_size)
     source = f" ({recipe.lr:g} for a batch of {recipe.lr_batch_size})" if scaled else ""
-    return (
+    plan = (
         f"batch {recipe.batch_size}{cut}, rate {recipe.effective_lr:g}{source}, "
         f"{recipe.epochs} epochs of {num_steps} steps, {recipe.precision}"
     )
+    return "; ".join([plan, *recipe.describe_shortfalls(num_steps)])
 
 
 def fit(task: Task, output: Path, *, recipe: BaseRecipe, resume: bool = False, hooks: Hooks | None = None) -> None:
-    """Train to the end of the recipe, from the start or from the last state; see ``train``."""
+    """Train to the end of the recipe, from the start or from the last state; see ``train_task``."""
     hooks = hooks if hooks and task.world.is_main else Hooks(stop=hooks.stop if hooks else Hooks.stop)
     hooks.say(describe_plan(recipe, task.world, task.num_steps))
     run = create_run(task, recipe, output)
-    if resume:
-        resume_run(run, hooks.say)
-        if run.step and (warning := task.describe_resume(run.step)):
-            hooks.say(warning)
-    else:
-        start_run(run)
-    with _watch(run, hooks.watchers) as watch:
-        while run.epoch < recipe.epochs:
-            try:
-                values = train_epoch(run, hooks)
-            except NotFiniteError as error:
-                if run.num_rollbacks == recipe.rollbacks:
-                    raise
-                _roll_back(run, error, hooks.say)
-                continue
-            save_epoch(run, values)
-            with explain_failed_write(run, run.epoch):
-                watch(run.epoch, values)
-            _report(run, hooks, values["train_loss"], values["images_per_second"], values)
+    with discard_failed_start(run):
+        if resume:
+            resume_run(run, hooks.say)
+            if run.step and (warning := task.describe_resume(run.step)):
+                hooks.say(warning)
+        else:
+            start_run(run)
+        with _watch(run, hooks.watchers) as watch:
+            while run.epoch < recipe.epochs:
+                try:
+                    values = train_epoch(run, hooks)
+                except NotFiniteError as error:
+                    if run.num_rollbacks == recipe.rollbacks:
+                        raise
+                    _roll_back(run, error, hooks.say)
+                    continue
+                save_epoch(run, values)
+                with explain_failed_write(run, run.epoch):
+                    watch(run.epoch, values)
+                _report(run, hooks, values["train_loss"], values["images_per_second"], values)
+                if any(gather(task.world, hooks.stop())):
+                    raise InterruptedError(f"stopped after epoch {run.epoch} of {recipe.epochs}; the state is saved")
     broadcast(task.world, None)  # nobody reads the best checkpoint before it is written
     save_summary(run, task.summarise(output))
 
@@ -218,6 +224,7 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
     run.model.train()
     set_training(task.model, recipe)
     started = saved = time.perf_counter()
+    began = started - run.seconds
     parts = iter(task.batches(run.epoch, run.step))
     read_steps = 1 if task.device.type == "cpu" else GPU_READ_STEPS
     losses: list[Tensor] = []
@@ -232,7 +239,7 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
             continue
         stopped = _read_losses(run, losses, lr, hooks)
         now = time.perf_counter()
-        speed = num_images / (now - started)
+        run.seconds, speed = now - began, num_images / (now - started)
         _report(run, hooks, run.loss_sum / run.step, speed)
         if stopped or now - saved > 60 * hooks.save_minutes:
             _save_within_epoch(run, stopped)
@@ -245,7 +252,7 @@ def train_epoch(run: Run, hooks: Hooks) -> dict[str, Any]:
     if time.perf_counter() - saved > 60 * hooks.save_minutes * EVALUATION_RISK:
         _save_within_epoch(run, stopped=False)
     values |= _evaluate(run)
-    return {**values, "seconds": time.perf_counter() - started}
+    return {**values, "seconds": time.perf_counter() - began}
 
 
 def _take_step(run: Run, step: int, parts: Iterator[Any]) -> tuple[Tensor, int]:
@@ -286,7 +293,18 @@ def _read_losses(run: Run, losses: list[Tensor], lr: float, hooks: Hooks) -> boo
     run.loss_sum += sum(means)
     run.step += len(losses)
     losses.clear()
+    _note_divergence(run, means[0], hooks.say)
     return bool(num_stops)
+
+
+def _note_divergence(run: Run, loss: float, say: Say) -> None:
+    """Say once where the mean loss is far above that of the first step, though it is finite."""
+    run.first_loss = loss if run.first_loss is None else run.first_loss
+    mean = run.loss_sum / run.step
+    if mean > DIVERGENCE_FACTOR * max(1.0, run.first_loss):
+        remedy = f"train anew with lr={run.recipe.lr / 4:g}"
+        say(f"the run diverges: a loss of {run.first_loss:.3g} became {mean:.3g} in epoch {run.epoch + 1}; {remedy}")
+        run.first_loss = math.inf
 
 
 def _note_unreadable(run: Run, say: Say) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -107,6 +108,18 @@ class BaseRecipe(abc.ABC):
         """Peak of the learning rate at this batch size."""
         return self.lr * self.batch_size / (self.lr_batch_size or self.batch_size)
 
+    def describe_shortfalls(self, num_steps: int) -> list[str]:
+        """Return a sentence for each part of the recipe that is never reached: the peak of the rate.
+
+        Args:
+            num_steps: Steps of an epoch.
+        """
+        positions = range(num_steps - 1, -1, -max(1, num_steps // 100))
+        highest = max(self.compute_lr(e, s / num_steps, num_steps) for e in range(self.epochs) for s in positions)
+        if highest > 0.9 * self.effective_lr:  # a warm-up by steps ends a little below a peak of the cosine
+            return []
+        return [f"with this warm-up and epochs={self.epochs} the rate reaches {highest:.3g} at most"]
+
     @abc.abstractmethod
     def compute_lr(self, epoch: int, done: float = 0.0, num_steps: int = 1) -> float:
         """Return the learning rate.
@@ -142,6 +155,7 @@ class Recipe(BaseRecipe):
         crop_ratio: In evaluation the central share of the resized picture that is kept.
         random_resized_crop: Smallest and largest area of the random crop in training.
         rand_augment: RandAugment as timm spells it, for example ``rand-m3-mstd0.5-inc1``, or None.
+        skip_unreadable: Leave validation pictures that cannot be read out, and name them; else the first is an error.
     """
 
     min_lr: float = 1e-5
@@ -162,6 +176,7 @@ class Recipe(BaseRecipe):
     crop_ratio: float = 0.9
     random_resized_crop: tuple[float, float]
     rand_augment: str | None = None
+    skip_unreadable: bool = False
 
     BOUNDS: ClassVar[Bounds] = MappingProxyType(
         {
@@ -190,11 +205,23 @@ class Recipe(BaseRecipe):
             raise ValueError(f"recipe field random_resized_crop={smallest},{largest} must rise within (0, 1]")
         if self.batch_size % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"recipe field batch_size={self.batch_size} must be even for mixup and cutmix")
+        if self.rand_augment is not None and not re.match(r"rand-m(\d|10)(-|$)", self.rand_augment):
+            raise ValueError(
+                f"recipe field rand_augment={self.rand_augment} must begin with rand-m and a whole number from 0 to 10"
+            )
 
     def size_of(self, epoch: int) -> int:
         """Return the side of the training pictures of an epoch, counted from 0."""
         late = epoch >= self.epochs - self.full_size_epochs
         return self.input_size if late else max(round(self.input_size * self.train_scale), min(self.input_size, 32))
+
+    def describe_shortfalls(self, num_steps: int) -> list[str]:
+        """Return a sentence for each part of the recipe that is never reached: the peak, the smaller pictures."""
+        sentences = super().describe_shortfalls(num_steps)
+        size = self.size_of(self.epochs - self.full_size_epochs - 1)
+        if self.full_size_epochs >= self.epochs and size < self.input_size:
+            sentences.append(f"full_size_epochs={self.full_size_epochs} is the whole run: no epoch trains at {size} px")
+        return sentences
 
     def compute_lr(self, epoch: int, done: float = 0.0, num_steps: int = 1) -> float:
         """Return the rate of Table 6: a linear warm-up, then half a cosine; of an ``epoch`` schedule, an epoch's."""
@@ -226,9 +253,11 @@ def parse_overrides(recipe: R, overrides: Iterable[str]) -> R:
         overrides: Each ``field=value``; ``none`` where the field allows it, two numbers as ``0.3,1``.
 
     Raises:
-        ValueError: A field does not exist (near names are offered), or its value has another type or range.
+        ValueError: A field does not exist (near names are offered), its value has another type or range, or it is given
+            twice with different values.
     """
-    changes, hints = {}, find_hints(type(recipe))
+    changes: dict[str, Any] = {}
+    hints = find_hints(type(recipe))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -236,9 +265,11 @@ def parse_overrides(recipe: R, overrides: Iterable[str]) -> R:
         if name not in hints:
             raise ValueError(_unknown_field(name, hints))
         try:
-            changes[name] = parse_value(text, hints[name])
+            value = parse_value(text, hints[name])
         except ValueError as error:
             raise ValueError(f"recipe field {name}={text} {error}") from None
+        if changes.setdefault(name, value) != value:
+            raise ValueError(f"recipe field {name} is given twice, as {changes[name]} and as {value}: leave one out")
     return dataclasses.replace(recipe, **changes)
 
 
@@ -277,7 +308,7 @@ def load_recipe(path: Path, kind: type[R]) -> R:
 
 
 def _unknown_field(name: str, hints: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, hints, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, hints, n=3)
     return f"recipe has no field {name!r}; " + (
         f"did you mean {' or '.join(near)}?" if near else f"its fields are {', '.join(hints)}"
     )

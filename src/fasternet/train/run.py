@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasternet.environment import create_record, describe_machine
+from fasternet.models.checkpoint import remove_parts
 from fasternet.records import Record, append_records, load_records, save_machine
 from fasternet.train.distributed import World, broadcast
 from fasternet.train.optim import create_optimizer
@@ -29,8 +31,12 @@ from fasternet.train.task import Task
 
 Say = Callable[[str], object]
 
-# What may differ when a run is resumed: where it computes and what stops it; its weights come from the state.
-FREE_CONDITIONS = ("device", "processes", "initial_weights", "num_workers", "max_unreadable", "rollbacks")
+# What may differ when a run is resumed: where it computes, what stops it and what judges it; its weights come from the
+# state.
+FREE_CONDITIONS = (
+    *("device", "processes", "initial_weights", "num_workers", "max_unreadable", "rollbacks"),
+    *("skip_unreadable", "num_validation"),
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,6 +54,8 @@ class Run:
         epoch: Epochs that are done.
         step: Steps of the current epoch that are done.
         loss_sum: Of their losses.
+        seconds: What they took, before a resume too.
+        first_loss: Of the run's first step; infinite once it has been said that the run diverged.
         best: Highest metric so far.
         lr_factor: Share of the recipe's rate that is left after rollbacks.
         num_rollbacks: How many there were.
@@ -64,6 +72,8 @@ class Run:
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    seconds: float = 0.0
+    first_loss: float | None = None
     best: float = -math.inf
     lr_factor: float = 1.0
     num_rollbacks: int = 0
@@ -80,7 +90,10 @@ class Run:
         return self.task.model if self.average is None else self.average.module
 
 
-_COUNTERS = ("epoch", "step", "loss_sum", "best", "lr_factor", "num_rollbacks", "unreadable")
+_COUNTERS = (
+    *("epoch", "step", "loss_sum", "best", "lr_factor", "num_rollbacks", "unreadable"),
+    *("seconds", "first_loss"),  # which older states do not hold
+)
 
 
 def create_run(task: Task, recipe: BaseRecipe, output: Path) -> Run:
@@ -108,10 +121,23 @@ def start_run(run: Run) -> None:
     """Write what a run folder begins with; from its recipe on, the run can be resumed."""
     if run.world.is_main:
         run.output.mkdir(parents=True, exist_ok=True)
+        remove_parts(run.output)
         save_recipe(run.output / "recipe.yaml", run.recipe)
         _rewrite_log(run.output, [_describe_run(run)])
         save_machine(run.output / "machines", describe_machine())
         save_run_state(run)
+
+
+@contextlib.contextmanager
+def discard_failed_start(run: Run) -> Iterator[None]:
+    """Leave no run folder behind where something turns out to be wrong before the first step is done."""
+    existed = run.output.is_dir() and any(run.output.iterdir())
+    try:
+        yield
+    except ValueError:
+        if run.world.is_main and not existed and run.epoch == run.step == 0:
+            shutil.rmtree(run.output, ignore_errors=True)
+        raise
 
 
 def has_state(output: Path) -> bool:
@@ -119,11 +145,11 @@ def has_state(output: Path) -> bool:
     return any((output / "last").glob("state*.pt"))
 
 
-def begins_with_weights(output: Path) -> bool:
-    """Whether the run in a folder began with weights of another one, which it no longer has without a state."""
+def read_condition(output: Path) -> Mapping[str, Any]:
+    """Return what the log of a run folder says of its data, network and recipe; nothing where there is no log."""
     log = output / "log.jsonl"
     records = load_records(log) if log.is_file() else []
-    return bool(records and records[0].condition.get("initial_weights"))
+    return records[0].condition if records else {}
 
 
 def resume_run(run: Run, say: Say) -> None:
@@ -139,6 +165,7 @@ def resume_run(run: Run, say: Say) -> None:
         if not records or records[0].kind != "run":
             raise ValueError(f"{log} does not begin with the record of a run: it cannot be resumed")
         _check_same_run(records[0], _describe_run(run), run.output)
+        remove_parts(run.output)
     restore_run(run, say)
     if run.world.is_main:
         kept = [r for r in records[1:] if r.condition.get("epoch", math.inf) <= run.epoch]
@@ -158,7 +185,7 @@ def restore_run(run: Run, say: Say) -> None:
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     for name in _COUNTERS:
-        setattr(run, name, state[name])
+        setattr(run, name, state.get(name, getattr(run, name)))
 
 
 def save_run_state(run: Run) -> None:
@@ -174,7 +201,7 @@ def save_epoch(run: Run, values: Mapping[str, Any]) -> None:
     task, output = run.task, run.output
     is_best = values[task.metric] >= run.best  # of equal epochs the later one, whose loss is lower as a rule
     run.best = max(run.best, values[task.metric])
-    run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
+    run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
     if not run.world.is_main:
         return
     with explain_failed_write(run, run.epoch - 1):

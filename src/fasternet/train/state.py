@@ -36,14 +36,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()  # torch.save into a file reports a full disk as an internal error
     torch.save(state, buffer)
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(buffer.getbuffer())
-        if path.exists():
-            path.replace(_before(path))
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), keep=_before(path))
 
 
 def load_state(path: Path) -> dict[str, Any]:
