@@ -121,6 +121,14 @@ def test_faults_that_never_hit_are_not_counted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_run_that_fails_before_its_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "FAULTS", (Fault("none", lambda process, lot: True, num_workers=-1),))
+    with pytest.raises(OSError, match="a run failed before its fault: recipe field num_workers=-1"):
+        list(measure_faults(num_kills=3, quick=True))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_run_that_ends_otherwise_is_not_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best weights are changed before the run goes on: another epoch could only replace them by luck."""
 

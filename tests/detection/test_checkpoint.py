@@ -13,6 +13,7 @@ from fasternet.detection.mmdet import save_mmdet
 from fasternet.detection.optimize import optimize_detector
 from fasternet.models import create_model, load_checkpoint, save_checkpoint
 from fasternet.rivals import create_network, load_network, save_network
+from fasternet.rivals.network import read_options
 
 SMALL = {
     "min_size": 64,
@@ -123,6 +124,10 @@ def test_backbone_keeps_the_options_of_its_checkpoint(tmp_path):
     save_detector(tmp_path / "detector", detector)
     body = load_detector(tmp_path / "detector").model.backbone.body
     assert (body.config.width, body.config.activation, body.config.position) == (8, "relu", "last")
+    brought = {"width": 8, "head_width": 16, "activation": "relu", "position": "last"}
+    for folder in ("fasternet", "detector"):
+        assert read_options("fasternet_t0", tmp_path / folder) == brought
+        assert read_options("ResNet50", tmp_path / folder) == {}
 
 
 def edit(folder, change):

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from fasternet.records import load_records
 from fasternet.rivals import load_network
 from fasternet.train.classification import create_classification, train
 from fasternet.train.loop import Hooks
+from fasternet.train.recipe import Recipe, load_recipe
 from fasternet.train.state import load_state, seed_everything
 
 TINY_MODEL = {"width": 8, "depths": (1, 1, 1, 1), "head_width": 16}
@@ -156,6 +158,19 @@ def test_resume_refuses_options_that_the_run_does_not_have(pictures, recipe, tmp
         train("fasternet_t0", str(pictures), tmp_path / "run", recipe=recipe, resume=True, **options)
 
 
+def test_run_whose_log_does_not_know_its_network_is_not_resumed_as_another(pictures, recipe, tmp_path) -> None:
+    save_checkpoint(tmp_path / "source", create_model("fasternet_t0", **TINY_MODEL, norm="ln"), name="fasternet_t0")
+    options = {"recipe": dataclasses.replace(recipe, epochs=1), "device": "cpu"}
+    run = train("fasternet_t0", str(pictures), tmp_path / "run", checkpoint=tmp_path / "source", **options)
+    log = run / "log.jsonl"
+    first, *rest = log.read_text().splitlines(keepends=True)
+    document = json.loads(first)
+    document["condition"]["model_options"] = {}
+    log.write_text(json.dumps(document) + "\n" + "".join(rest))
+    with pytest.raises(ValueError, match=r"has model_options=\{\}, not .*'norm': 'ln'"):
+        train("fasternet_t0", str(pictures), run, resume=True, **options)
+
+
 def test_unreadable_validation_picture_stops_a_run_that_can_go_on_without_it(pictures, recipe, tmp_path) -> None:
     for part, kept in (("train", slice(0, 9)), ("val", slice(9, 12))):
         for name in ("dark", "bright"):
@@ -167,6 +182,11 @@ def test_unreadable_validation_picture_stops_a_run_that_can_go_on_without_it(pic
     options = {"model_options": TINY_MODEL, "device": "cpu"}
     with pytest.raises(ValueError, match=r"09\.png.* is a validation picture: .* skip_unreadable=true"):
         train("fasternet_t0", str(tmp_path / "data"), tmp_path / "run", recipe=recipe, **options)
+    content = broken.with_name("10.png").read_bytes()
+    broken.unlink()
+    with pytest.raises(ValueError, match="has num_validation=6, not 5"):
+        train("fasternet_t0", str(tmp_path / "data"), tmp_path / "run", recipe=recipe, resume=True, **options)
+    broken.write_bytes(content[:99])
     said: list[str] = []
     recipe = dataclasses.replace(recipe, skip_unreadable=True)
     hooks = Hooks(say=said.append)
@@ -174,6 +194,7 @@ def test_unreadable_validation_picture_stops_a_run_that_can_go_on_without_it(pic
     evaluation = next(r for r in load_records(tmp_path / "run" / "log.jsonl") if r.kind == "evaluation")
     assert evaluation.values["num_images"] == 5
     assert any("09.png" in sentence for sentence in said)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml", Recipe) == recipe  # for whoever resumes it again
 
 
 @pytest.mark.slow

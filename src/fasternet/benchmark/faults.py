@@ -34,7 +34,7 @@ WIDTH = 8
 NUM_IMAGES = 40  # of each of two classes
 RECIPE = (
     *("epochs=4", "batch_size=8", "input_size=32", "precision=fp32", "lr=0.002", "warmup_epochs=1"),
-    *("mixup=0.2", "drop_path_rate=0.2", "ema_decay=0.9", "num_workers=0"),
+    *("mixup=0.2", "drop_path_rate=0.2", "ema_decay=0.9"),
 )
 NUM_OTHERS = 3  # of each fault that is not a kill
 MAX_TRIES = 8  # for each injection: a fault may come too late, or find nothing
@@ -207,8 +207,8 @@ class Laboratory:
     def _hit(
         self, process: subprocess.Popen[bytes], fault: Fault, output: Path, lot: random.Random, seconds: float
     ) -> bool:
-        if not _wait_until_resumable(process, output):
-            return False
+        if not _wait_until_resumable(process, output) and process.wait():
+            raise OSError(f"a run failed before its fault: {self._shorten(self.read_said(output))}")
         time.sleep(lot.uniform(0, seconds))
         return process.poll() is None and fault.hit(process, lot)
 

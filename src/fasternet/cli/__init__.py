@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 
 import typer
 
@@ -64,6 +65,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8, nor the terminal
     if os.environ.get("FASTERNET_DEBUG"):
         app()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except BrokenPipeError:

@@ -177,7 +177,8 @@ def train_detector(
 
     options = dict(backbone_options or {})
     if resume:
-        options = {**read_condition(output).get("backbone_options", {}), **options}
+        logged = read_condition(output).get("backbone_options", {})
+        options = {**read_options(backbone, output / "last"), **logged, **options}
     elif checkpoint is not None:
         options = {**read_options(backbone, checkpoint), **options}
 

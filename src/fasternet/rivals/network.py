@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasternet.models import convert
-from fasternet.models.checkpoint import WEIGHTS_FILE, read_config
+from fasternet.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
 from fasternet.models.fasternet import VARIANTS
 from fasternet.models.registry import create_model
 from fasternet.rivals.registry import Rival, create_own, list_rivals
@@ -113,20 +113,27 @@ def read_options(name: str, path: Path) -> dict[str, Any]:
 
     Args:
         name: The network.
-        path: A model or run folder; a weights file brings no options.
+        path: A model or run folder, also of a detector over the network; anything else brings no options.
 
     Returns:
-        Of a FasterNet: fields of ``FasterNetConfig``, without those of training. Of another network: ``surgery``.
+        Of a FasterNet: fields of ``FasterNetConfig``, without those of training. Of another network: ``surgery``. Of a
+        detector: what its backbone was built with.
     """
-    document = read_config(path)[1] if path.is_dir() else {}
+    if not any((folder / CONFIG_FILE).is_file() for folder in (path, path / "best")):
+        return {}
+    document = read_config(path)[1]
+    config = document.get("fasternet", {}).get("config", {})
+    if "kind" in config:
+        is_same = config.get("backbone", "").partition(".")[0] == name.partition(".")[0]
+        options = config.get("backbone_options", {}) if is_same else {}
+        chosen = {key: value for key, value in options.items() if key not in (*_OF_TRAINING, "feature_norm")}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
     if not is_fasternet(name):
         options = document.get("model_args", {})
         return {"surgery": options["surgery"]} if "surgery" in options else {}
     published = json.loads(json.dumps(dataclasses.asdict(VARIANTS[name.partition(".")[0]])))
-    config = document.get("fasternet", {}).get("config", {})
-    return {
-        key: config[key] for key in published.keys() - _OF_TRAINING if config.get(key, published[key]) != published[key]
-    }
+    differing = (key for key, value in published.items() if config.get(key, value) != value)
+    return {key: config[key] for key in differing if key not in _OF_TRAINING}
 
 
 def build_network(rival: Rival, num_classes: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:

@@ -225,7 +225,8 @@ def train(
     """
     options = dict(model_options or {})
     if resume:
-        options = {**read_condition(output).get("model_options", {}), **options}
+        logged = read_condition(output).get("model_options", {})
+        options = {**read_options(model_name, output / "last"), **logged, **options}
     elif checkpoint is not None:
         options = {**read_options(model_name, checkpoint), **options}
 

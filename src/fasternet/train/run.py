@@ -35,7 +35,7 @@ Say = Callable[[str], object]
 # state.
 FREE_CONDITIONS = (
     *("device", "processes", "initial_weights", "num_workers", "max_unreadable", "rollbacks"),
-    *("skip_unreadable", "num_validation"),
+    "skip_unreadable",  # with it, the number of validation pictures too
 )
 
 
@@ -166,6 +166,7 @@ def resume_run(run: Run, say: Say) -> None:
             raise ValueError(f"{log} does not begin with the record of a run: it cannot be resumed")
         _check_same_run(records[0], _describe_run(run), run.output)
         remove_parts(run.output)
+        save_recipe(run.output / "recipe.yaml", run.recipe)
     restore_run(run, say)
     if run.world.is_main:
         kept = [r for r in records[1:] if r.condition.get("epoch", math.inf) <= run.epoch]
@@ -252,7 +253,8 @@ def _check_same_run(old: Record, new: Record, output: Path) -> None:
     """Raise where a run to resume differs from what was asked for in anything that changes its result."""
     facts = [{"model": r.subject, **r.condition, **r.values} for r in (old, new)]
     was, wanted = json.loads(json.dumps(facts))  # as they look once they have been written
-    names = [name for name in wanted if name not in FREE_CONDITIONS and was.get(name) != wanted[name]]
+    free = (*FREE_CONDITIONS, "num_validation") if wanted.get("skip_unreadable") else FREE_CONDITIONS
+    names = [name for name in wanted if name not in free and was.get(name) != wanted[name]]
     if names:
         differences = ", ".join(f"{name}={was.get(name)}, not {wanted[name]}" for name in names)
         raise ValueError(f"the run in {output} has {differences}; it can only be resumed as it was started")
