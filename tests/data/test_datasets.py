@@ -57,7 +57,7 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("train", "name"),
-    [("train", name) for name in ("val", "valid", "validation", "dev", "test")]
+    [("train", name) for name in ("val", "valid", "validation", "test", "dev", "Test")]
     + [("training", "testing"), ("Train", "Val"), ("TRAINING", "Test")],
 )
 def test_train_folder_with_a_validation_folder_is_taken_as_it_is(tmp_path: Path, train: str, name: str) -> None:
@@ -69,6 +69,16 @@ def test_train_folder_with_a_validation_folder_is_taken_as_it_is(tmp_path: Path,
     assert datasets.train.root == tmp_path / train
     assert datasets.train[3][0].getpixel((0, 0)) == (2, len(f"{train}__b"), 0)
     assert len(create_validation_dataset(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [(("dev", "test"), "test"), (("Val", "test"), "test"), (("test", "val"), "val"), (("dev", "testing"), "testing")],
+)
+def test_plain_names_of_the_validation_folder_come_first(tmp_path: Path, names: tuple[str, ...], chosen: str) -> None:
+    create_tree(tmp_path, **{f"{split}__{name}": 1 for split in ("train", *names) for name in "ab"})
+    assert create_datasets(tmp_path).validation.root == tmp_path / chosen
+    assert create_validation_dataset(tmp_path).root == tmp_path / chosen
 
 
 def test_folder_of_classes_is_split_by_class(tmp_path: Path) -> None:
@@ -132,7 +142,9 @@ def test_hidden_folders_leftovers_and_links_to_above_are_no_classes(tmp_path: Pa
     assert list_samples(dataset) == [("a/0.png", 0), ("b/0.png", 1)]
 
 
-@pytest.mark.parametrize("names", [("bus", "car", "train"), ("control", "test"), ("Test", "Training", "other")])
+@pytest.mark.parametrize(
+    "names", [("bus", "car", "train"), ("control", "test"), ("Test", "Training", "other"), ("Testing", "Training")]
+)
 def test_classes_named_like_splits_are_classes_where_they_hold_pictures(tmp_path: Path, names: tuple[str, ...]) -> None:
     create_tree(tmp_path, **dict.fromkeys(names, 2))
     assert create_datasets(tmp_path).class_names == names
@@ -143,8 +155,17 @@ def test_classes_may_hold_folders_of_their_own(tmp_path: Path) -> None:
     create_tree(tmp_path / "one", a__images=2, b__images=2)
     create_tree(tmp_path / "mixed", a=1, a__x=1, a__y=1, b__x=1, b__y=1)
     create_tree(tmp_path / "other", a__x=1, a__y=1, b__y=1, b__z=1)
-    for name in ("one", "mixed", "other"):
+    create_tree(tmp_path / "equal", a__left=1, a__right=1, b__left=1, b__right=1)
+    create_tree(tmp_path / "deep", a__train__good=1, a__test__good=1, b__train__good=1, b__test__good=1)
+    for name in ("one", "mixed", "other", "equal", "deep"):
         assert create_dataset(tmp_path / name).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("names", [("dev", "prod", "staging"), ("Train", "bus"), ("Test", "Val"), ("car", "training")])
+def test_folders_named_like_splits_without_a_pair_are_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    create_tree(tmp_path, **{f"{name}__images": 2 for name in names})
+    assert create_datasets(tmp_path).class_names == tuple(sorted(names))
+    assert create_validation_dataset(tmp_path).class_names == tuple(sorted(names))
 
 
 def test_unreadable_picture_is_named_when_it_is_reached(tmp_path: Path) -> None:
@@ -178,7 +199,8 @@ def test_validation_dataset_needs_no_train_folder(tmp_path: Path) -> None:
             r"{root}/train alone has a; {root}/val alone has c$",
         ),
         ({"train__a": 1, "train__b": 1, "val__a": 1, "val__b": 0}, r"no pictures in folder {root}/val/b;"),
-        ({"Train__a": 1, "Train__b": 1}, r"{root} holds Train but no val; .* {root}/Train split off"),
+        ({"Train__a": 1, "Train__b": 1}, r"{root} must hold a folder of pictures per class, .* one only, Train$"),
+        ({"train__a": 1, "dev__a": 1}, r"{root}/train must hold .* holds one only, a$"),
         ({"train": 2, "val": 2}, r"{root}/train must hold a folder of pictures per class, but holds none$"),
         ({"train__a": 1, "bus__a": 1, "bus__b": 1}, r"{root} holds train but no val;"),
         (
@@ -186,8 +208,8 @@ def test_validation_dataset_needs_no_train_folder(tmp_path: Path) -> None:
             r"{root} holds Val, val: rename all but one$",
         ),
         (
-            {"part1__a": 1, "part1__b": 1, "part2__a": 1, "part2__b": 1, "part2__c": 1},
-            r"{root} looks like splits, not classes: part1, part2 hold the same folders \(a, b\) and no pictures; "
+            {"Fold1__a": 1, "Fold1__b": 1, "fold2__a": 1, "fold2__b": 1, "fold2__c": 1},
+            r"{root} looks like splits, not classes: Fold1, fold2 hold the same folders \(a, b\) and no pictures; "
             r"name the splits train and val, or put the pictures of each class directly into its folder$",
         ),
     ],

@@ -122,6 +122,8 @@ def test_numbered_folders_are_in_the_order_of_numbers(tmp_path: Path) -> None:
         ("val.txt", "val/{1} n01484850\nval/{2} n01440764"),
         ("val.csv", "{1},n01484850\n{2},n01440764\n"),
         ("words.csv", "{1},great_white_shark\n{2},tench\n"),
+        ("words.csv", "{1},n01484850 great white shark\n{2},n01440764 tench\n"),
+        ("two.csv", "ImageId,PredictionString\n{s1},n01484850 -1 2 3 4 n01443537 5 6 7 8\n{s2},n01440764 1 2 3 4\n"),
         ("LOC.csv", "ImageId,PredictionString\n{s1},n01484850 1 2 3 4 n01484850 5 6 7 8 \n{s2},n01440764 1 2 3 4 \n"),
         ("synsets.txt", "n01484850\nn01440764\n"),
     ],

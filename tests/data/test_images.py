@@ -278,13 +278,32 @@ def test_find_images_names_a_folder_without_pictures(tmp_path: Path) -> None:
         find_images([tmp_path])
 
 
-def test_pipe_is_passed_over_and_named_it_is_one_sentence(tmp_path: Path) -> None:
+def test_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
     (tmp_path / "a.png").touch()
     (tmp_path / "lost.png").symlink_to("absent")  # named as unreadable later, not passed over
     assert [path.name for path in find_images([tmp_path])] == ["a.png", "lost.png"]
-    with pytest.raises(ImageError, match=r"pipe\.png: it is no regular file$"):
-        load_image(tmp_path / "pipe.png")
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, None), (b"text", "it is no picture of a known format$")])
+def test_pipe_that_is_named_is_read(tmp_path: Path, content: bytes | None, reason: str | None) -> None:
+    Image.new("RGB", (4, 3), RED).save(tmp_path / "a.png")
+    ending, beginning = os.pipe()
+    os.write(beginning, content or (tmp_path / "a.png").read_bytes())
+    os.close(beginning)
+    (path,) = find_images([Path(f"/dev/fd/{ending}")])
+    if reason:
+        with pytest.raises(ImageError, match=reason):
+            load_image(path)
+    else:
+        assert load_image(path).getpixel((3, 2)) == RED
+    os.close(ending)
+
+
+def test_device_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"/dev/zero: it is no regular file$"):
+        load_image(Path("/dev/zero"))
 
 
 def test_links_that_go_round_end_and_other_links_to_folders_are_followed(tmp_path: Path) -> None:

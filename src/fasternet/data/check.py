@@ -234,8 +234,6 @@ def _scan_all(root: Path, files: Sequence[str], num_workers: int) -> Iterator[_S
 
 def _scan(root: Path, path: str) -> _Scan:
     try:
-        if (root / path).exists() and not (root / path).is_file():
-            return _Scan(path, error="it is no regular file")  # a link to a pipe, which has no end
         content = (root / path).read_bytes()
         image = decode_image(content, path)
     except ImageError as error:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from fasternet.data.shards import ShardStream
 
 TRAINING_NAMES = ("train", "training")  # of folders; capitals do not count
-VALIDATION_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # of other layouts, and splits of the hub
+VALIDATION_NAMES = (*VALIDATION_FOLDERS, "testing", "dev")
+PLAIN_NAMES = ("train", *VALIDATION_FOLDERS)  # each is a split by itself; the others come in pairs
+SPLIT_WORDS = ("train", "val", "test", "dev", "split", "fold")  # in the name of a split
 VALIDATION_SHARE = 0.2
 SHARDS_FILE = "shards.json"
 
@@ -106,7 +108,7 @@ def create_datasets(data: str | Path, *, seed: int = 0) -> Datasets:
 
     Args:
         data: ``digits`` (built in; a folder of that name is ``./digits``), or a folder: with ``train`` and
-            one of ``val``, ``valid``, ``validation``, ``dev``, ``test`` in it (``training`` and ``testing`` too, in
+            one of ``val``, ``valid``, ``validation``, ``test``, ``dev`` in it (``training`` and ``testing`` too, in
             capitals or not), each a folder of pictures per class; or with the folders of the classes, and then
             a fifth of each class becomes validation pictures; or of packed shards, also by its ``http(s)://``
             address; or ``hf:`` and the name of a Hugging Face data set or the folder it was saved to.
@@ -202,29 +204,37 @@ def list_folders(folder: Path) -> list[Path]:
     ]
 
 
-def list_splits(root: Path) -> list[Path]:
+def list_splits(root: Path, *, flat: bool = False) -> list[Path]:
     """List the folders that are splits by their names, training first; none where they are classes.
 
-    They are classes where other folders lie beside them, and all of them hold their pictures directly.
+    Names other than the plain ones count where there is a training and a validation folder. All are classes where none
+    of them holds folders, unless their names are plain and no other folder lies beside them.
+
+    Args:
+        root: The folder that holds them.
+        flat: They may hold their pictures directly, as with labels in a file.
     """
     folders = list_folders(root)
     names = (*TRAINING_NAMES, *VALIDATION_NAMES)
     splits = [path for path in folders if path.name.lower() in names]
-    if len(splits) < len(folders) and not any(list_folders(path) for path in splits):
+    if len({path.name.lower() in TRAINING_NAMES for path in splits}) < 2:
+        splits = [path for path in splits if path.name in PLAIN_NAMES]
+    is_plain = all(path.name in PLAIN_NAMES for path in folders)
+    if not (flat or is_plain or any(list_folders(path) for path in splits)):
         return []
     return sorted(splits, key=lambda path: names.index(path.name.lower()))
 
 
-def find_split(root: Path, names: Sequence[str]) -> Path | None:
-    """Return the first folder of ``list_splits`` that bears one of the names.
+def find_split(root: Path, names: Sequence[str], *, flat: bool = False) -> Path | None:
+    """Return the first folder of ``list_splits`` that bears one of the names, a plain one before others.
 
     Raises:
         ValueError: Two folders differ by capitals alone.
     """
-    found = [path for path in list_splits(root) if path.name.lower() in names]
+    found = [path for path in list_splits(root, flat=flat) if path.name.lower() in names]
     if len({path.name.lower() for path in found}) < len(found):
         raise ValueError(f"data folder {root} holds {_name_some([path.name for path in found])}: rename all but one")
-    return found[0] if found else None
+    return min(found, key=lambda path: path.name not in PLAIN_NAMES, default=None)
 
 
 def is_sharded(data: str | Path) -> bool:
@@ -265,7 +275,9 @@ def _check_folder(folder: Path) -> Path:
 
 
 def _find_repeated(folders: Sequence[Path]) -> list[str]:
-    """Return the folders that all folders have in common, where these are two or more and lie beside no picture."""
+    """Return the two folders or more, beside no picture, that all folders named like splits have in common."""
+    if not all(any(word in path.name.lower() for word in SPLIT_WORDS) for path in folders):
+        return []
     common: set[str] | None = None
     for folder in folders:
         own = set()

@@ -141,10 +141,7 @@ def _read_info(name: str) -> str:
 
 def _find_pictures(root: Path, *, labelled: bool) -> Path:
     """Return the folder of the validation pictures; with labels in a file it may be flat, whatever lies beside it."""
-    if not labelled:
-        return find_split(root, VALIDATION_NAMES) or root
-    found = {path.name.lower(): path for path in list_folders(root)}
-    return next((found[name] for name in VALIDATION_NAMES if name in found), root)
+    return find_split(root, VALIDATION_NAMES, flat=labelled) or root
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

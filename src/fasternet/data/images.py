@@ -39,7 +39,7 @@ def load_image(path: Path, *, upright: bool = True) -> Image.Image:
     values from 0 to 1) are rescaled to 8 bits, of an animation the first frame counts.
 
     Args:
-        path: A file that Pillow can read, of at most 179 megapixels.
+        path: A file that Pillow can read, or a pipe that brings one, of at most 179 megapixels.
         upright: Apply the orientation; off leaves the pixels as they are stored.
 
     Returns:
@@ -121,8 +121,10 @@ def holds_image(folder: Path) -> bool:
 
 def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) -> Image.Image:
     try:
+        if isinstance(source, Path) and source.is_fifo():
+            source = io.BytesIO(source.read_bytes())
         if isinstance(source, Path) and source.exists() and not source.is_file():
-            raise ValueError("it is a folder" if source.is_dir() else "it is no regular file")  # a pipe has no end
+            raise ValueError("it is a folder" if source.is_dir() else "it is no regular file")  # a device has no end
         # Pillow warns of large pictures, which are fine up to MAX_PIXELS, and of broken metadata.
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -138,22 +140,30 @@ def _read(source: Path | io.BytesIO, name: Path | str, *, upright: bool = True) 
 
 
 def _walk(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
-    """Yield the pictures below a folder; a link to a folder ``above`` it, which would never end, is passed over."""
+    """Yield the pictures below a folder.
+
+    A link to a folder ``above`` it, which would never end, is passed over, and pipes, sockets and devices.
+    """
     here = folder.stat()
     if any(os.path.samestat(here, other) for other in above):
         return
     with os.scandir(folder) as entries:
-        # What is neither file, folder nor link is a pipe, a socket or a device.
         names = sorted(
             (entry.name, Path(entry).is_dir() if entry.is_symlink() else entry.is_dir())
             for entry in entries
-            if not entry.name.startswith(".") and (entry.is_symlink() or entry.is_dir() or entry.is_file())
+            if not entry.name.startswith(".")
+            and (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) or _is_usual(Path(entry)))
         )
     for name, is_folder in names:
         if is_folder:
             yield from _walk(folder / name, (*above, here))
         elif name.lower().endswith(IMAGE_SUFFIXES):
             yield folder / name
+
+
+def _is_usual(path: Path) -> bool:
+    """Whether a path is a file, a folder or a link to one; or to nowhere, which is named when it is read."""
+    return path.is_file() or path.is_dir() or not path.exists()
 
 
 def _lay_on_white(image: Image.Image) -> Image.Image:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-# Kaggle's PredictionString: a synset and the corners of a box, once for each object.
-_BOXES = re.compile(r"(n\d{8})(?: +\d+){4}(?: +\1(?: +\d+){4})*")
+# With words behind it, or as in Kaggle's PredictionString with the corners of boxes.
+_SYNSET = re.compile(r"(n\d{8})\s")
+_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "synset", "wnid")
 
 Classes = Mapping[str, Sequence[int]]
 
@@ -36,7 +37,8 @@ def read_labels(
 
     Args:
         file: What errors call the text.
-        text: The lines. Tabs, semicolons and commas separate as well; a head is passed over.
+        text: The lines. Tabs, semicolons and commas separate as well. A head tells which of several columns is the
+            label.
         paths: The pictures, relative to their folder.
         classes: Of ``index_classes``. A label that is a name of a class is taken as that, any other as an index.
         num_classes: How many classes there are.
@@ -52,22 +54,30 @@ def read_labels(
     names = file_names | {path.stem for path in paths}
     table: dict[str, int] = {}
     renumbered: set[str] = set()
+    column, num_columns = 1, 2  # of the label, and at most
     for line, row in rows:
         where = f"label file {file} line {line}"
         name = PurePosixPath(row[0])
         if len(row) == 2 and name.name not in names and PurePosixPath(row[1]).name in file_names:
             raise ValueError(f"{where} names picture {row[1]} last: the picture comes first, then its label")
         if line == rows[0][0] and len(row) > 1 and name.name not in names:
-            continue  # the head of a table
-        if len(row) != 2 or not row[0]:
-            raise ValueError(f"{where} must be a picture's name and its label, but has {len(row)} columns: {row}")
-        label = _parse_label(row[1], classes, where, num_classes)
+            head = [cell.lower() for cell in row[1:]]
+            if known := [number for number, cell in enumerate(head, start=1) if cell in _LABEL_COLUMNS]:
+                column, num_columns = known[0], len(row)
+            continue
+        if not column < len(row) <= num_columns or not row[0] or not row[column]:
+            raise ValueError(
+                f"{where} must be a picture's name and its label, but has {len(row)} columns: {row}; two are wanted, "
+                "or a head that names one of them 'label'"
+            )
+        word = row[column]
+        label = _parse_label(word, classes, where, num_classes)
         if table.setdefault(str(name), label) != label:
             raise ValueError(
                 f"{where} says that {name} is of class {label}, a line before it of class {table[str(name)]}"
             )
-        if row[1].isdecimal() and int(row[1]) != label:
-            renumbered.add(row[1])
+        if word.isdecimal() and int(word) != label:
+            renumbered.add(word)
     found, num_used = _match(file, paths, table)
     remarks = []
     if renumbered:
@@ -84,8 +94,10 @@ def _fold(name: str) -> str:
 def _split_rows(file: Path, text: str) -> list[tuple[int, list[str]]]:
     """Return the rows that are not blank, each with the number of its line."""
     lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    separator = min((mark for mark in "\t;," if mark in first), key=first.index, default=None)
+    filled = [line for line in lines if line.strip()]
+    first = filled[0] if filled else ""
+    marks = [mark for mark in "\t;," if mark in first and (mark == "," or all(mark in line for line in filled))]
+    separator = min(marks, key=first.index, default=None)
     try:
         cells = csv.reader(lines, delimiter=separator) if separator else (line.rsplit(maxsplit=1) for line in lines)
         stripped = [(line, [cell.strip() for cell in row]) for line, row in enumerate(cells, start=1)]
@@ -103,9 +115,8 @@ def _split_rows(file: Path, text: str) -> list[tuple[int, list[str]]]:
 
 
 def _parse_label(word: str, classes: Classes, where: str, num_classes: int) -> int:
-    if boxes := _BOXES.fullmatch(word):
-        word = boxes[1]
-    if found := find_classes(classes, word):
+    synset = _SYNSET.match(word)
+    if found := find_classes(classes, word) or (find_classes(classes, synset[1]) if synset else ()):
         if len(found) > 1:
             raise ValueError(f"{where}: {word!r} is the name of {len(found)} classes: give the index, one of {found}")
         return found[0]
@@ -142,7 +153,8 @@ def _match(file: Path, paths: Sequence[Path], table: Mapping[str, int]) -> tuple
             raise ValueError(f"label file {file} names {names[0]} and {names[1]}; either may be picture {path}")
         if (owner := owners.setdefault(names[0], path)) != path:
             raise ValueError(
-                f"label file {file} does not tell pictures {owner} and {path} apart: give each a line with its folder"
+                f"label file {file} does not tell pictures {owner} and {path} apart: give each a line with its folder "
+                "or suffix"
             )
         labels.append(table[names[0]])
     if absent:

@@ -43,7 +43,7 @@ def _walk(folder: Path, root: Path, above: tuple[os.stat_result, ...] = ()) -> I
         if path.is_dir():
             is_loop = any(os.path.samestat(path.stat(), other) for other in here)
             yield from [(name, LOOP)] if is_loop else _walk(path, root, here)
-        elif not path.is_file() and not path.is_symlink():
+        elif path.exists() and not path.is_file():
             yield name, "no regular file"
         else:
             yield name, None if name.lower().endswith(IMAGE_SUFFIXES) else path.suffix
