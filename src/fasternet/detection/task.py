@@ -23,12 +23,12 @@ from fasternet.detection.evaluate import DetectionEvaluation, check_finite, eval
 from fasternet.detection.predictor import DetectionPredictor
 from fasternet.environment import create_record
 from fasternet.records import Record
-from fasternet.rivals.network import is_fasternet, read_options
+from fasternet.rivals.network import is_fasternet
 from fasternet.train.detection_recipe import DetectionRecipe
 from fasternet.train.distributed import World
 from fasternet.train.loop import Hooks, train_task
 from fasternet.train.optim import find_trunk, synchronize_batch_norm
-from fasternet.train.run import Say, read_condition
+from fasternet.train.run import Say, find_options
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
 
@@ -175,12 +175,9 @@ def train_detector(
     if checkpoint is not None and pretrained:
         raise ValueError("checkpoint and pretrained are both weights to start from: give one of them")
 
-    options = dict(backbone_options or {})
-    if resume:
-        logged = read_condition(output).get("backbone_options", {})
-        options = {**read_options(backbone, output / "last"), **logged, **options}
-    elif checkpoint is not None:
-        options = {**read_options(backbone, checkpoint), **options}
+    options = find_options(
+        backbone, backbone_options, checkpoint, run=output if resume else None, key="backbone_options"
+    )
 
     def create(recipe: DetectionRecipe, target: torch.device, world: World, fresh: bool) -> DetectionTask:
         return create_detection(

@@ -24,14 +24,14 @@ from fasternet.models.checkpoint import Preprocessing
 from fasternet.models.fasternet import FasterNet
 from fasternet.records import Record
 from fasternet.rivals import create_network, load_network, save_network
-from fasternet.rivals.network import is_fasternet, read_options, resolve_network
+from fasternet.rivals.network import is_fasternet, resolve_network
 from fasternet.train.distill import compute_distillation, create_teacher
 from fasternet.train.distributed import World, gather
 from fasternet.train.evaluate import Evaluation, evaluate
 from fasternet.train.loop import Hooks, train_task
 from fasternet.train.optim import freeze_stages, synchronize_batch_norm
 from fasternet.train.recipe import Recipe
-from fasternet.train.run import Say, read_condition
+from fasternet.train.run import Say, find_options
 from fasternet.train.state import seed_everything
 from fasternet.train.task import Task
 
@@ -223,12 +223,7 @@ def train(
         device: Where to compute.
         hooks: What the run tells and asks while it goes on.
     """
-    options = dict(model_options or {})
-    if resume:
-        logged = read_condition(output).get("model_options", {})
-        options = {**read_options(model_name, output / "last"), **logged, **options}
-    elif checkpoint is not None:
-        options = {**read_options(model_name, checkpoint), **options}
+    options = find_options(model_name, model_options, checkpoint, run=output if resume else None, key="model_options")
 
     def create(recipe: Recipe, target: torch.device, world: World, fresh: bool) -> Classification:
         return create_classification(

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fasternet.environment import create_record, describe_machine
 from fasternet.models.checkpoint import remove_parts
 from fasternet.records import Record, append_records, load_records, save_machine
+from fasternet.rivals.network import read_options
 from fasternet.train.distributed import World, broadcast
 from fasternet.train.optim import create_optimizer
 from fasternet.train.recipe import BaseRecipe, save_recipe
@@ -150,6 +151,23 @@ def read_condition(output: Path) -> Mapping[str, Any]:
     log = output / "log.jsonl"
     records = load_records(log) if log.is_file() else []
     return records[0].condition if records else {}
+
+
+def find_options(
+    name: str, given: Mapping[str, Any] | None, checkpoint: Path | None, *, run: Path | None, key: str
+) -> dict[str, Any]:
+    """Return what a network is built with: what is given, above what its weights bring along.
+
+    Args:
+        name: The network.
+        given: By the user; of a run to resume, ``resume_run`` refuses what differs.
+        checkpoint: The weights that a new run begins with.
+        run: The folder of a run to resume.
+        key: Under which its log has the options.
+    """
+    if run is not None:
+        return {**read_options(name, run / "last"), **read_condition(run).get(key, {}), **(given or {})}
+    return {**(read_options(name, checkpoint) if checkpoint else {}), **(given or {})}
 
 
 def resume_run(run: Run, say: Say) -> None:
